@@ -1,0 +1,110 @@
+"""Which axes of a kernel are what, and the one canonical form that all layers share.
+
+Every linear layer is a stack of linear maps, ``W[stack, window, feature, output]``:
+
+===================  =========================  ======================  =======================
+layer                stack                      window                  feature, output
+===================  =========================  ======================  =======================
+Dense                one                        one                     the kernel's axes 0, 1
+Conv                 one                        the spatial axes        its last two axes
+grouped Conv         the groups                 the spatial axes        its last two axes
+DenseGeneral         the batch axes             one                     all input, all output axes
+any, under nn.scan   the scanned axis before    as above                as above
+===================  =========================  ======================  =======================
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelLayout:
+  """Which axes of a kernel are stack, window, feature and output.
+
+  >>> import jax.numpy as jnp
+  >>> conv = KernelLayout.by_convention(4)
+  >>> conv
+  KernelLayout(stack=(), window=(0, 1), feature=(2,), output=(3,), groups=1)
+  >>> kernel, bias = conv.to_canonical(jnp.ones((3, 3, 16, 32)), jnp.ones(32))
+  >>> kernel.shape, bias.shape
+  ((1, 9, 16, 32), (1, 32))
+
+  Attributes:
+    stack: axes along which independent linear maps lie; they lead, in the bias and in the
+      statistics too.
+    window: the axes of a convolution's kernel positions.
+    feature: the axes of the inputs of one linear map.
+    output: the axes of its outputs.
+    groups: into how many independent linear maps the outputs are split (``feature_group_count``).
+  """
+
+  stack: tuple[int, ...] = ()
+  window: tuple[int, ...] = ()
+  feature: tuple[int, ...] = (0,)
+  output: tuple[int, ...] = (1,)
+  groups: int = 1
+
+  @classmethod
+  def by_convention(cls, ndim: int) -> "KernelLayout":
+    """The layout of Flax's Dense and Conv: features at axis -2, outputs at -1, window before."""
+    return cls(window=tuple(range(ndim - 2)), feature=(ndim - 2,), output=(ndim - 1,))
+
+  def _sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+    stack, window, feature, output = (
+      math.prod(shape[axis] for axis in axes)
+      for axes in (self.stack, self.window, self.feature, self.output)
+    )
+    return stack, window, feature, output
+
+  @property
+  def _permutation(self) -> tuple[int, ...]:
+    return self.stack + self.window + self.feature + self.output
+
+  def statistics_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the layer's mean and variance, ``[*stack, groups * features]``."""
+    features = self._sizes(kernel_shape)[2]
+    return (*(kernel_shape[axis] for axis in self.stack), self.groups * features)
+
+  def bias_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that the layer's bias has, ``[*stack, *output]``."""
+    return tuple(kernel_shape[axis] for axis in self.stack + self.output)
+
+  def to_canonical(
+    self, kernel: jax.Array, bias: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Views a kernel as ``[stack, window, feature, output]``, a bias as ``[stack, output]``."""
+    stack, window, feature, output = self._sizes(kernel.shape)
+    shape = (stack, window, feature, self.groups, output // self.groups)
+    kernel = kernel.transpose(self._permutation).reshape(shape)
+    kernel = kernel.transpose(0, 3, 1, 2, 4).reshape(-1, window, feature, output // self.groups)
+    if bias is not None:
+      bias = bias.reshape(-1, output // self.groups)
+    return kernel, bias
+
+  def from_canonical(
+    self, kernel: jax.Array, bias: jax.Array | None, kernel_shape: Sequence[int]
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The inverse of `to_canonical`."""
+    stack, window, feature, output = self._sizes(kernel_shape)
+    kernel = kernel.reshape(stack, self.groups, window, feature, output // self.groups)
+    kernel = kernel.transpose(0, 2, 3, 1, 4).reshape([kernel_shape[i] for i in self._permutation])
+    inverse = sorted(range(len(self._permutation)), key=self._permutation.__getitem__)
+    if bias is not None:
+      bias = bias.reshape(self.bias_shape(kernel_shape))
+    return kernel.transpose(inverse), bias
+
+  def window_size(self, kernel_shape: Sequence[int]) -> int:
+    """The number of positions in the window, the paper's ``k**2``."""
+    return self._sizes(kernel_shape)[1]
+
+  def statistics_to_canonical(self, x: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
+    """Views a mean or variance as ``[stack, 1, feature]``: one for all positions of the window."""
+    return x.reshape(-1, 1, self._sizes(kernel_shape)[2])
+
+  def scalars_to_canonical(self, x: jax.Array) -> jax.Array:
+    """Views one number a stack entry, ``[*stack, 1]``, as ``[stack, 1, 1]``."""
+    return jnp.repeat(x.reshape(-1, 1, 1), self.groups, axis=0)

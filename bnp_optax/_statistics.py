@@ -1,0 +1,120 @@
+"""What one layer saw in a batch, as sums.
+
+Everything here follows from "+": the statistics of two micro-batches, of two devices or of two
+halves of a sequence are the sums of theirs. So `jax.tree.map(jnp.add, a, b)`, `jax.lax.psum` and
+Optax's micro-batching merge them, and no function of ours is needed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+  r"""What one layer saw: how much, and the sums behind its mean and variance.
+
+  A layer computes :math:`\hat H \hat w` where each row of :math:`\hat H = [e, H]` holds the inputs
+  of one output position of one example (paper, eqs. 11 and 18). With :math:`h` running over those
+  rows, and :math:`\bar h_b` the mean of the batch :math:`b` that a row belongs to, the sums are
+
+  .. math::
+    \text{total} = \sum h, \qquad
+    \text{within} = \sum (h - \bar h_b)^2, \qquad
+    \text{between} = \sum_b \text{total}_b^2 / \text{rows}_b .
+
+  All five add up over batches. ``within + between`` is the plain sum of squares; it is kept in two
+  parts because :math:`E[h^2] - E[h]^2` cancels: in float32 it loses the variance of inputs whose
+  mean is some thousand deviations away from zero, ``within`` does not.
+
+  Two batches are merged by adding every field:
+
+  >>> import jax, jax.numpy as jnp
+  >>> a = layer_statistics(jnp.array([[1.0], [2.0]]), examples=2, rows=2)
+  >>> b = layer_statistics(jnp.array([[6.0], [7.0]]), examples=2, rows=2)
+  >>> both = jax.tree.map(jnp.add, a, b)
+  >>> both.mean, both.variance
+  (Array([4.], dtype=float32), Array([6.5], dtype=float32))
+
+  Attributes:
+    examples: how many examples the loss is a mean over, the paper's :math:`N`. Shape ``[*stack]``.
+    rows: the number of rows of :math:`H`, examples times output positions. Shape ``[*stack]``.
+    total: the sum of the inputs. Shape ``[*stack, features]``.
+    within: the sum of squares about each batch's own mean. Shape ``[*stack, features]``.
+    between: the sum of each batch's ``total**2 / rows``. Shape ``[*stack, features]``.
+
+  All are float32, or float64 where the inputs are float64.
+  """
+
+  examples: jax.Array
+  rows: jax.Array
+  total: jax.Array
+  within: jax.Array
+  between: jax.Array
+
+  @property
+  def mean(self) -> jax.Array:
+    r"""The mean :math:`\mu_H` (eqs. 13, 21), ``[*stack, features]``; NaN if there are no rows."""
+    return self.total / self.rows[..., None]
+
+  @property
+  def variance(self) -> jax.Array:
+    r"""The variance :math:`\sigma_H^2` (eqs. 13, 22), ``[*stack, features]``; never below 0."""
+    spread = self.between - self.total * self.total / self.rows[..., None]
+    # One batch alone has no spread between batches; what is left then is rounding, and
+    # rounding of a large mean must not be taken for variance.
+    rounding = 4 * jnp.finfo(spread.dtype).eps * self.between
+    return (self.within + jnp.where(spread <= rounding, 0, spread)) / self.rows[..., None]
+
+  @property
+  def mean_square(self) -> jax.Array:
+    r"""The second moment :math:`E[h^2]`, ``[*stack, features]``."""
+    return (self.within + self.between) / self.rows[..., None]
+
+
+def layer_statistics(
+  inputs: jax.Array, *, examples: int | jax.Array, rows: int, mask: jax.Array | None = None
+) -> LayerStatistics:
+  """The statistics of one call of a layer.
+
+  A convolution's mean and variance are taken over its whole input map (eqs. 21 and 22), whatever
+  the number of its output positions; they are weighted by ``rows``, so that batches of different
+  sizes add up as the rows of ``H`` do.
+
+  Args:
+    inputs: what the layer was given, ``[*leading, features]``; any real dtype.
+    examples: how many of them the loss is a mean over.
+    rows: the number of rows of ``H`` that they make, before masking.
+    mask: True for the leading positions that count, ``[*leading]``; None for all.
+
+  Returns:
+    The sums, in float32, or float64 where the inputs are float64.
+  """
+  dtype = jnp.float64 if inputs.dtype == jnp.float64 else jnp.float32
+  h = jax.lax.stop_gradient(inputs).astype(dtype)
+  leading = tuple(range(h.ndim - 1))
+  weight = rows / max(1, h.size // h.shape[-1])
+  counted = jnp.asarray(rows, dtype)
+  if mask is not None:
+    # where(), not a product: padding may hold anything, and 0 * NaN is NaN.
+    h = jnp.where(mask[..., None], h, 0)
+    counted = weight * jnp.sum(mask, dtype=dtype)
+  total = weight * jnp.sum(h, leading)
+  deviation = h - jnp.expand_dims(total / counted, leading)
+  if mask is not None:
+    deviation = jnp.where(mask[..., None], deviation, 0)
+  return LayerStatistics(
+    examples=jnp.asarray(examples, dtype),
+    rows=counted,
+    total=total,
+    within=weight * jnp.sum(deviation * deviation, leading),
+    between=total * total / counted,
+  )
+
+
+def merge_calls(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
+  """The statistics of a layer called twice in a forward pass: more rows, the same examples."""
+  merged = jax.tree.map(jnp.add, a, b)
+  return dataclasses.replace(merged, examples=jnp.maximum(a.examples, b.examples))
