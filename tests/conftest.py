@@ -10,13 +10,24 @@ import hypothesis
 import jax
 import pytest
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 # The budget of a test run. By hand: pytest --hypothesis-profile=thorough --hypothesis-seed=0
 hypothesis.settings.register_profile("default", max_examples=15, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_promotion():
+  """No dtype and no rank is promoted unseen, in tests; examples in docstrings run as users do."""
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def standard_promotion():
+  """For tests of Optax's own optimizers: Adam's bias correction promotes int32 to float."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 @pytest.fixture(scope="module")
