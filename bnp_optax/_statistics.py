@@ -74,6 +74,11 @@ class LayerStatistics:
     return (self.within + self.between) / self.rows[..., None]
 
 
+def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
+  """float64 if any of `dtypes` is, float32 for all others: what BNP keeps and computes in."""
+  return jnp.dtype("float64" if "float64" in dtypes else "float32")
+
+
 def layer_statistics(
   inputs: jax.Array, *, examples: int | jax.Array, rows: int, mask: jax.Array | None = None
 ) -> LayerStatistics:
@@ -92,7 +97,7 @@ def layer_statistics(
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
   """
-  dtype = jnp.float64 if inputs.dtype == jnp.float64 else jnp.float32
+  dtype = accumulation_dtype(inputs.dtype)
   h = jax.lax.stop_gradient(inputs).astype(dtype)
   leading = tuple(range(h.ndim - 1))
   weight = rows / max(1, h.size // h.shape[-1])

@@ -18,7 +18,7 @@ import optax
 from bnp_optax import _preconditioner
 from bnp_optax._layout import KernelLayout
 from bnp_optax._preconditioner import Preconditioner
-from bnp_optax._statistics import LayerStatistics
+from bnp_optax._statistics import LayerStatistics, accumulation_dtype
 
 Path = tuple[str, ...]
 Layouts = Mapping[Path, KernelLayout]
@@ -179,7 +179,7 @@ def init_statistics(params: optax.Params, layouts: Layouts | None) -> ScaleByBnp
   for layer in find_layers(params, layouts):
     kernel = leaves[layer.kernel]
     shape = layer.layout.statistics_shape(kernel.shape)
-    dtype = jnp.float64 if kernel.dtype == jnp.float64 else jnp.float32
+    dtype = accumulation_dtype(kernel.dtype)
     mean[layer.kernel] = jnp.zeros(shape, dtype)
     variance[layer.kernel] = jnp.ones(shape, dtype)
   return ScaleByBnpState(
@@ -260,7 +260,7 @@ def map_layers(
   leaves, treedef = _flatten(tree)
   for layer, p in preconditioners:
     kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
-    dtype = jnp.promote_types(kernel.dtype, p.mu.dtype)
+    dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
     w, b = layer.layout.to_canonical(
       kernel.astype(dtype), None if bias is None else bias.astype(dtype)
     )
@@ -410,8 +410,7 @@ def _name(path: Path) -> str:
 
 
 def _names(paths: Iterable[Path]) -> str:
-  names = [_name(path) for path in paths]
-  return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+  return ", ".join(_name(path) for path in paths)
 
 
 def _torn(path: Path, here: str, away: str) -> str:

@@ -1,0 +1,58 @@
+"""Small networks and their gradients, shared by the tests of the transformations."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bnp_optax
+
+
+class MLP(nn.Module):
+  """Two dense layers, named so that error messages can be checked."""
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    make = lambda size, name: nn.Dense(size, dtype=self.dtype, param_dtype=self.dtype, name=name)
+    return make(3, "second")(nn.tanh(make(4, "first")(x)))
+
+
+class CNN(nn.Module):
+  """A strided convolution, one without bias, and a dense head."""
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kwargs = {"dtype": self.dtype, "param_dtype": self.dtype}
+    x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="first", **kwargs)(x))
+    x = nn.relu(nn.Conv(4, (3, 3), use_bias=False, name="second", **kwargs)(x))
+    return nn.Dense(3, name="head", **kwargs)(x.reshape(x.shape[0], -1))
+
+
+def loss_fn(model):
+  """The loss of `params` on a batch `(x, y)`, a mean over examples, with the statistics."""
+
+  def loss(params, batch):
+    x, y = batch
+    with bnp_optax.linen.sow_statistics():
+      outputs, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+    return jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)), aux["intermediates"]
+
+  return loss
+
+
+def make(model, shape, dtype=jnp.float32, seed=0):
+  """Parameters, and a batch whose inputs have a mean and uneven deviations."""
+  rng = np.random.default_rng(seed)
+  x = jnp.asarray(rng.normal(1, np.linspace(0.1, 2, shape[-1]), shape), dtype)
+  params = jax.jit(model.init)(jax.random.key(seed), x)["params"]
+  outputs = jax.eval_shape(lambda x: model.apply({"params": params}, x), x)
+  return params, (x, jnp.asarray(rng.normal(size=outputs.shape), dtype))
+
+
+def grads_and_stats(model, params, batch):
+  (_, stats), grads = jax.jit(jax.value_and_grad(loss_fn(model), has_aux=True))(params, batch)
+  return grads, stats

@@ -1,0 +1,89 @@
+"""`LayerStatistics` are sums: they merge by "+", and lose nothing to cancellation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnp_optax import _statistics
+
+
+def see(h, **kwargs):
+  rows = int(np.prod(h.shape[:-1]))
+  return _statistics.layer_statistics(h, **{"examples": h.shape[0], "rows": rows, **kwargs})
+
+
+def add(*statistics):
+  return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *statistics)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (4, 5, 3), (2, 3, 4, 3)])
+def test_mean_variance_and_second_moment(shape):
+  h = np.random.default_rng(0).normal(2, [0.1, 1, 10], shape)
+  statistics = see(jnp.asarray(h, jnp.float32))
+  axes = tuple(range(len(shape) - 1))
+  np.testing.assert_allclose(statistics.mean, h.mean(axes), rtol=1e-5)
+  np.testing.assert_allclose(statistics.variance, h.var(axes), rtol=1e-5)
+  np.testing.assert_allclose(statistics.mean_square, (h**2).mean(axes), rtol=1e-5)
+  assert (statistics.examples, statistics.rows) == (shape[0], float(np.prod(shape[:-1])))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("splits", [(1, 5), (3, 4, 8), range(1, 12)])
+def test_any_split_of_a_batch_adds_up_to_the_whole(splits):
+  h = np.random.default_rng(1).normal(3, [0.1, 1, 10], (12, 4, 3))
+  whole = see(jnp.asarray(h))
+  parts = add(*(see(jnp.asarray(part)) for part in np.split(h, list(splits))))
+  assert (parts.examples, parts.rows) == (whole.examples, whole.rows)
+  np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-13)
+  np.testing.assert_allclose(parts.variance, whole.variance, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_large_mean_in_half_precision(dtype):
+  """E[h^2] - E[h]^2 in bfloat16 gave 0 here."""
+  h = jnp.asarray(np.random.default_rng(2).normal(100, 1, (256, 2)), dtype)
+  statistics = see(h)
+  assert statistics.variance.dtype == jnp.float32
+  np.testing.assert_allclose(statistics.variance, np.var(np.asarray(h, np.float64), 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [1e1, 1e2, 1e3, 1e4, 1e5])
+def test_one_batch_loses_nothing_to_cancellation(ratio):
+  """In float32, with a mean of `ratio` deviations; the inputs themselves are exact."""
+  h = np.float32(ratio) + np.random.default_rng(3).integers(-2, 3, (64, 3)).astype(np.float32)
+  variance = see(jnp.asarray(h)).variance
+  # The mean is rounded, and its error enters the variance squared.
+  bound = 1e-6 + (ratio * np.finfo(np.float32).eps) ** 2
+  np.testing.assert_allclose(variance, np.var(h.astype(np.float64), 0), rtol=bound)
+
+
+def test_the_rounding_of_a_large_mean_is_not_taken_for_variance():
+  """Compiled apart, sums and quotients may round differently; a constant keeps variance 0."""
+  statistics = jax.jit(see)(jnp.full((3, 1), 1e6 / 3))
+  assert jax.jit(lambda s: s.variance)(statistics) == statistics.within / 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.bool_])
+def test_integers_and_booleans(dtype):
+  statistics = see(jnp.asarray([[0, 1], [1, 1], [1, 1]], dtype))
+  np.testing.assert_allclose(statistics.mean, [2 / 3, 1], rtol=1e-6)
+  np.testing.assert_allclose(statistics.variance, [2 / 9, 0], rtol=1e-6)
+
+
+def test_padding_is_not_seen_whatever_it_holds():
+  h = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 4)), jnp.float32)
+  mask = jnp.asarray([[True, True, False], [True, False, False]])
+  valid = see(h[mask], examples=2)
+  masked = see(jnp.where(mask[..., None], h, jnp.nan), mask=mask)
+  assert masked.rows == 3
+  np.testing.assert_allclose(masked.mean, valid.mean, rtol=1e-6)
+  np.testing.assert_allclose(masked.variance, valid.variance, rtol=1e-6)
+
+
+def test_a_layer_called_twice_sees_more_rows_of_the_same_examples():
+  h = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), jnp.float32)
+  twice = _statistics.merge_calls(see(h), see(h + 1))
+  assert (twice.examples, twice.rows) == (4, 8)
+  both = np.concatenate([h, h + 1])
+  np.testing.assert_allclose(twice.variance, both.var(0), rtol=1e-5)
