@@ -9,6 +9,7 @@ Dense                one                        one                     the kern
 Conv                 one                        the spatial axes        its last two axes
 grouped Conv         the groups                 the spatial axes        its last two axes
 DenseGeneral         the batch axes             one                     all input, all output axes
+ConvLocal            the output positions       one                     its last two axes
 any, under nn.scan   the scanned axis before    as above                as above
 ===================  =========================  ======================  =======================
 """
@@ -28,7 +29,8 @@ class KernelLayout:
   >>> import jax.numpy as jnp
   >>> conv = KernelLayout.by_convention(4)
   >>> conv
-  KernelLayout(stack=(), window=(0, 1), feature=(2,), output=(3,), groups=1)
+  KernelLayout(stack=(), window=(0, 1), feature=(2,), output=(3,), groups=1, exact_windows=False, \
+calls=(), bias='bias')
   >>> kernel, bias = conv.to_canonical(jnp.ones((3, 3, 16, 32)), jnp.ones(32))
   >>> kernel.shape, bias.shape
   ((1, 9, 16, 32), (1, 32))
@@ -40,6 +42,11 @@ class KernelLayout:
     feature: the axes of the inputs of one linear map.
     output: the axes of its outputs.
     groups: into how many independent linear maps the outputs are split (``feature_group_count``).
+    exact_windows: one mean and variance for each kernel entry (eqs. 19 and 20) instead of one for
+      all positions of the window (eqs. 21 and 22).
+    calls: leading axes of the statistics, not of the kernel, along which one and the same kernel
+      was called: a scan over time. Their rows add, their examples are the same.
+    bias: the name of the leaf beside the kernel that is the layer's bias, where there is one.
   """
 
   stack: tuple[int, ...] = ()
@@ -47,6 +54,9 @@ class KernelLayout:
   feature: tuple[int, ...] = (0,)
   output: tuple[int, ...] = (1,)
   groups: int = 1
+  exact_windows: bool = False
+  calls: tuple[int, ...] = ()
+  bias: str = "bias"
 
   @classmethod
   def by_convention(cls, ndim: int) -> "KernelLayout":
@@ -64,10 +74,38 @@ class KernelLayout:
   def _permutation(self) -> tuple[int, ...]:
     return self.stack + self.window + self.feature + self.output
 
+  @property
+  def ndim(self) -> int:
+    """The number of axes of the kernel."""
+    return len(self._permutation)
+
+  def stacked(self, axes: Sequence[int]) -> "KernelLayout":
+    """The layout of this kernel after the insertion of stack axes, the outermost stack first.
+
+    >>> KernelLayout.by_convention(2).stacked([0]).stack
+    (0,)
+
+    Args:
+      axes: where the axes lie in the kernel with all of them.
+    """
+    rest = [axis for axis in range(self.ndim + len(axes)) if axis not in axes]
+    stack, window, feature, output = (
+      tuple(rest[axis] for axis in old)
+      for old in (self.stack, self.window, self.feature, self.output)
+    )
+    return dataclasses.replace(
+      self, stack=(*axes, *stack), window=window, feature=feature, output=output
+    )
+
   def statistics_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the layer's mean and variance, ``[*stack, groups * features]``."""
-    features = self._sizes(kernel_shape)[2]
-    return (*(kernel_shape[axis] for axis in self.stack), self.groups * features)
+    """The shape of the layer's mean and variance.
+
+    It is ``[*stack, groups * features]``, or with `exact_windows`
+    ``[*stack, groups * window * features]``.
+    """
+    _, window, features, _ = self._sizes(kernel_shape)
+    per_group = (window if self.exact_windows else 1) * features
+    return (*(kernel_shape[axis] for axis in self.stack), self.groups * per_group)
 
   def bias_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
     """The shape that the layer's bias has, ``[*stack, *output]``."""
@@ -102,8 +140,12 @@ class KernelLayout:
     return self._sizes(kernel_shape)[1]
 
   def statistics_to_canonical(self, x: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
-    """Views a mean or variance as ``[stack, 1, feature]``: one for all positions of the window."""
-    return x.reshape(-1, 1, self._sizes(kernel_shape)[2])
+    """Views a mean or variance as ``[stack, 1, feature]``: one for all positions of the window.
+
+    With `exact_windows` it is ``[stack, window, feature]``.
+    """
+    _, window, features, _ = self._sizes(kernel_shape)
+    return x.reshape(-1, window if self.exact_windows else 1, features)
 
   def scalars_to_canonical(self, x: jax.Array) -> jax.Array:
     """Views one number a stack entry, ``[*stack, 1]``, as ``[stack, 1, 1]``."""

@@ -6,9 +6,12 @@ Optax's micro-batching merge them, and no function of ours is needed.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+
+from bnp_optax._layout import KernelLayout
 
 
 @jax.tree_util.register_dataclass
@@ -44,8 +47,10 @@ class LayerStatistics:
     total: the sum of the inputs. Shape ``[*stack, features]``.
     within: the sum of squares about each batch's own mean. Shape ``[*stack, features]``.
     between: the sum of each batch's ``total**2 / rows``. Shape ``[*stack, features]``.
+    kernel: the name of the kernel's leaf beside which they were sown; no leaf of this pytree.
+    layout: the layout of the kernel as the layer itself saw it; None if nobody said. No leaf.
 
-  All are float32, or float64 where the inputs are float64.
+  All arrays are float32, or float64 where the inputs are float64.
   """
 
   examples: jax.Array
@@ -53,6 +58,8 @@ class LayerStatistics:
   total: jax.Array
   within: jax.Array
   between: jax.Array
+  kernel: str = dataclasses.field(default="kernel", metadata={"static": True})
+  layout: KernelLayout | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def mean(self) -> jax.Array:
@@ -80,7 +87,12 @@ def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
 
 
 def layer_statistics(
-  inputs: jax.Array, *, examples: int | jax.Array, rows: int, mask: jax.Array | None = None
+  inputs: jax.Array,
+  *,
+  examples: int | jax.Array,
+  rows: int,
+  mask: jax.Array | None = None,
+  stack: int = 0,
 ) -> LayerStatistics:
   """The statistics of one call of a layer.
 
@@ -89,30 +101,32 @@ def layer_statistics(
   sizes add up as the rows of ``H`` do.
 
   Args:
-    inputs: what the layer was given, ``[*leading, features]``; any real dtype.
+    inputs: what the layer was given, ``[*leading, *stack, features]``; any real dtype.
     examples: how many of them the loss is a mean over.
     rows: the number of rows of ``H`` that they make, before masking.
     mask: True for the leading positions that count, ``[*leading]``; None for all.
+    stack: the number of stack axes.
 
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
   """
   dtype = accumulation_dtype(inputs.dtype)
   h = jax.lax.stop_gradient(inputs).astype(dtype)
-  leading = tuple(range(h.ndim - 1))
-  weight = rows / max(1, h.size // h.shape[-1])
+  leading = tuple(range(h.ndim - 1 - stack))
+  weight = rows / max(1, math.prod(h.shape[: len(leading)]))
   counted = jnp.asarray(rows, dtype)
+  here = True
   if mask is not None:
     # where(), not a product: padding may hold anything, and 0 * NaN is NaN.
-    h = jnp.where(mask[..., None], h, 0)
+    here = jnp.expand_dims(mask, range(mask.ndim, h.ndim))
+    h = jnp.where(here, h, 0)
     counted = weight * jnp.sum(mask, dtype=dtype)
   total = weight * jnp.sum(h, leading)
-  deviation = h - jnp.expand_dims(total / counted, leading)
-  if mask is not None:
-    deviation = jnp.where(mask[..., None], deviation, 0)
+  deviation = jnp.where(here, h - jnp.expand_dims(total / counted, leading), 0)
+  shape = total.shape[:-1]
   return LayerStatistics(
-    examples=jnp.asarray(examples, dtype),
-    rows=counted,
+    examples=jnp.broadcast_to(jnp.asarray(examples, dtype), shape),
+    rows=jnp.broadcast_to(counted, shape),
     total=total,
     within=weight * jnp.sum(deviation * deviation, leading),
     between=total * total / counted,
@@ -123,3 +137,11 @@ def merge_calls(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
   """The statistics of a layer called twice in a forward pass: more rows, the same examples."""
   merged = jax.tree.map(jnp.add, a, b)
   return dataclasses.replace(merged, examples=jnp.maximum(a.examples, b.examples))
+
+
+def merge_call_axes(a: LayerStatistics, axes: tuple[int, ...]) -> LayerStatistics:
+  """The statistics of a layer called along axes of ``a``: more rows, the same examples."""
+  if not axes:
+    return a
+  merged = jax.tree.map(lambda x: jnp.sum(x, axes), a)
+  return dataclasses.replace(merged, examples=jnp.max(a.examples, axes))

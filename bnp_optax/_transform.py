@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import optax
 
 from bnp_optax import _preconditioner
+from bnp_optax._layers import Path, flatten
 from bnp_optax._layout import KernelLayout
 from bnp_optax._preconditioner import Preconditioner
-from bnp_optax._statistics import LayerStatistics, accumulation_dtype
+from bnp_optax._statistics import LayerStatistics, accumulation_dtype, merge_call_axes
 
-Path = tuple[str, ...]
 Layouts = Mapping[Path, KernelLayout]
 
 
@@ -54,7 +54,7 @@ class Layer:
   bias: int | None
 
   def __str__(self) -> str:
-    return _name(self.path)
+    return _name(self.path[:-1] if self.path[-1] == "kernel" else self.path)
 
 
 def scale_by_bnp(
@@ -279,16 +279,23 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
     ValueError: if a kernel is no kernel of a linear layer, or stands without the bias that
       belongs to it.
   """
-  paths = [
-    _path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_masked)[0]
-  ]
-  leaves, _ = _flatten(tree)
-  index = {path: i for i, path in enumerate(paths)}
+  named = flatten(tree, optax.MaskedNode)
+  leaves = [leaf for _, leaf in named]
+  index = {path: i for i, (path, _) in enumerate(named)}
+  if layouts and not any(path in index for path in layouts):
+    raise ValueError(
+      f"None of the kernels that layers= names is in the parameters. It names {_names(layouts)}; "
+      f"the parameters are {_names(index)}. Trace the model that these parameters belong to, and "
+      'give this transformation the "params" collection itself.'
+    )
   layers = []
   for path, i in index.items():
-    if not path or path[-1] != "kernel" or (layouts is not None and path not in layouts):
+    if not path or (path[-1] != "kernel" if layouts is None else path not in layouts):
       continue
-    where, kernel, j = path[:-1], leaves[i], index.get((*path[:-1], "bias"))
+    # A layer goes by its module's name, unless that has several kernels.
+    where = path[:-1] if path[-1] == "kernel" else path
+    bias_name = "bias" if layouts is None else layouts[path].bias
+    kernel, j = leaves[i], index.get((*path[:-1], bias_name))
     bias = None if j is None else leaves[j]
     if _is_masked(kernel):
       if bias is not None and not _is_masked(bias):
@@ -310,13 +317,18 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         f"Layer {_name(where)}: a kernel of shape {kernel.shape} is not that of a Dense or Conv. "
         "Leave the layer out with optax.masked or optax.partition."
       )
+    if layout.ndim != kernel.ndim:
+      raise ValueError(
+        f"Layer {_name(where)}: layers= has a layout of {layout.ndim} axes for it, {layout}, but "
+        f"its kernel has shape {kernel.shape}. Trace the model that these parameters belong to."
+      )
     if bias is not None and bias.shape != layout.bias_shape(kernel.shape):
       raise ValueError(
         f"Layer {_name(where)}: the bias has shape {bias.shape}, but by its kernel of shape "
         f"{kernel.shape} it should have {layout.bias_shape(kernel.shape)}. If the layer is not a "
         "plain Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs)."
       )
-    layers.append(Layer(where, layout, i, j if bias is not None else None))
+    layers.append(Layer(path, layout, i, j if bias is not None else None))
   return layers
 
 
@@ -328,10 +340,10 @@ def _statistics_of(layers: list[Layer], leaves: list[Any], stats: Any) -> list[L
       "stats=stats) with what bnp_optax.linen.sow_statistics gathered. A wrapper that drops "
       "extra arguments loses them too."
     )
-  found = {
-    _path(path)[:-1]: leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(stats, is_leaf=_is_statistics)[0]
-    if _is_statistics(leaf)
+  found: dict[Path, LayerStatistics] = {
+    (*path[:-1], leaf.kernel): leaf
+    for path, leaf in flatten(stats, LayerStatistics)
+    if isinstance(leaf, LayerStatistics)
   }
   if not found and layers:
     raise ValueError(
@@ -342,23 +354,44 @@ def _statistics_of(layers: list[Layer], leaves: list[Any], stats: Any) -> list[L
     )
   if missing := [layer for layer in layers if layer.path not in found]:
     raise ValueError(
-      f"No statistics for {_names(layer.path for layer in missing)}. They came for "
-      f"{_names(found)}. If these layers did not run, or are no Dense or Conv, leave them out of "
-      "this optimizer with optax.masked or optax.partition, or name the layers it is for with "
+      f"No statistics for {_names(layer.path[:-1] for layer in missing)}. They came for "
+      f"{_names(path[:-1] for path in found)}. If these layers did not run, or are no Dense or "
+      "Conv, leave them out of this optimizer with optax.masked or optax.partition, or name the "
+      "layers it is for with "
       "layers=bnp_optax.linen.layers(model, *inputs). If they ran under nn.scan or nn.vmap, add "
       '"intermediates" to its variable_axes.'
     )
+  if other := [layer for layer in layers if _is_another(layer.layout, found[layer.path].layout)]:
+    raise ValueError(
+      f"These layers are no plain Dense or Conv, and their kernels' axes are not what they were "
+      f"taken for: {_names(layer.path[:-1] for layer in other)}. Pass "
+      "layers=bnp_optax.linen.layers(model, *inputs) (or bnp_optax.nnx.layers(model, *inputs)), "
+      "traced from this model, with the same exact_windows= as in sow_statistics."
+    )
+  merged = []
   for layer in layers:
-    shape = leaves[layer.kernel].shape
-    expected, saw = layer.layout.statistics_shape(shape), found[layer.path].total.shape
-    if expected != saw:
+    shape, statistics = leaves[layer.kernel].shape, found[layer.path]
+    expected, saw = layer.layout.statistics_shape(shape), statistics.total.shape
+    if len(saw) == len(expected) + len(layer.layout.calls):
+      statistics = merge_call_axes(statistics, layer.layout.calls)
+    if expected != statistics.total.shape:
       raise ValueError(
         f"Layer {layer}: its kernel of shape {shape} takes inputs of shape {expected}, but the "
         f"statistics are of {saw}. Were they taken from another model, or under jax.vmap without "
-        "summing the mapped axis? If the layer is not a plain Dense or Conv, pass "
-        "layers=bnp_optax.linen.layers(model, *inputs)."
+        "summing the mapped axis? If the layer is not a plain Dense or Conv, or ran under nn.scan "
+        "or nn.vmap, pass layers=bnp_optax.linen.layers(model, *inputs)."
       )
-  return [found[layer.path] for layer in layers]
+    merged.append(statistics)
+  return merged
+
+
+def _is_another(layout: KernelLayout, seen: KernelLayout | None) -> bool:
+  """Whether the layer itself saw its kernel otherwise; what is stacked from outside, it cannot."""
+  return seen is not None and (
+    seen != dataclasses.replace(layout, calls=())
+    if seen.ndim == layout.ndim
+    else seen.exact_windows != layout.exact_windows
+  )
 
 
 def _state_leaves(
@@ -393,16 +426,6 @@ def _flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def _is_masked(x: Any) -> bool:
   return isinstance(x, optax.MaskedNode)
-
-
-def _is_statistics(x: Any) -> bool:
-  return isinstance(x, LayerStatistics)
-
-
-def _path(keys: tuple[Any, ...]) -> Path:
-  names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-  # An NNX variable is a node of its own around its value.
-  return names[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else names
 
 
 def _name(path: Path) -> str:

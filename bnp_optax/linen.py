@@ -7,23 +7,52 @@ outputs or gradients.
 
 from collections.abc import Callable, Iterator
 import contextlib
-import math
+import inspect
 from typing import Any
 
 import flax.linen as nn
+from flax.linen import recurrent
 import jax
 import jax.numpy as jnp
 
-from bnp_optax._statistics import LayerStatistics, layer_statistics, merge_calls
+from bnp_optax import _calls
+from bnp_optax._calls import Call, call_statistics
+from bnp_optax._layers import (
+  Layers,
+  Observation,
+  flatten,
+  make_layers,
+  merge_observations,
+  observe,
+  statistics_name,
+)
+from bnp_optax._statistics import merge_calls
 
-_NAME = "layer_statistics"
+# How to read each layer, by the function that multiplies with its kernel. A subclass that overrides
+# that function and calls it is read once, where it does; one that does not call it is not read.
+_READERS = {
+  inspect.unwrap(layer.__call__): reader
+  for layer, reader in (
+    (nn.Dense, _calls.dense),
+    (nn.DenseGeneral, _calls.dense_general),
+    (nn.Einsum, _calls.einsum),
+    (nn.Conv, _calls.conv),
+    (nn.ConvLocal, _calls.conv),
+    (nn.ConvTranspose, _calls.conv_transpose),
+    # OptimizedLSTMCell hands its inputs to these and multiplies them itself.
+    (recurrent.DenseParams, _calls.dense),
+  )
+}
 
 
 @contextlib.contextmanager
-def sow_statistics(*, example_axes: int = 1, mask: jax.Array | None = None) -> Iterator[None]:
-  """Within this context, every Dense and Conv sows what it sees into ``intermediates``.
+def sow_statistics(
+  *, example_axes: int = 1, mask: jax.Array | None = None, exact_windows: bool = False
+) -> Iterator[None]:
+  """Within this context, every linear layer sows what it sees into ``intermediates``.
 
-  Each layer called in it sows one `LayerStatistics` of its inputs (paper, eqs. 13, 21 and 22) with
+  Those are Dense, DenseGeneral, Einsum, Conv, ConvLocal and ConvTranspose, and whatever is built of
+  them: attention, recurrent cells. Each sows one `LayerStatistics` of its inputs with
   `flax.linen.Module.sow`; apply the model with ``mutable=["intermediates"]`` to get them, together
   with whatever the model itself sows there. Outputs and gradients of the model stay bitwise the
   same. A layer called several times in one forward pass sees more rows.
@@ -31,7 +60,8 @@ def sow_statistics(*, example_axes: int = 1, mask: jax.Array | None = None) -> I
   Enter it inside the function that is differentiated and jitted, around the call of the model: a
   function that has been traced already does not know of it.
 
-  Under `flax.linen.scan` and `flax.linen.vmap`, ``variable_axes`` must name ``intermediates``.
+  Under `flax.linen.scan`, `flax.linen.vmap` and `flax.linen.RNN`, ``variable_axes`` must hold
+  ``"intermediates": 0``.
   Under `jax.vmap` over examples, each example's statistics come out along the mapped axis: sum
   them over it with `jax.tree.map`.
 
@@ -52,6 +82,9 @@ def sow_statistics(*, example_axes: int = 1, mask: jax.Array | None = None) -> I
     mask: True for positions that count and False for padding; its shape is the leading shape of
       the inputs it is for, such as ``[batch, time]``. Layers whose inputs have only the example
       axes, such as a head after pooling, are not masked.
+    exact_windows: whether convolutions take one mean and variance for each kernel entry, over the
+      zero-padded windows (eqs. 19 and 20), instead of one for each channel over the whole map
+      (eqs. 21 and 22). Needs ``layers(..., exact_windows=True)``.
 
   Yields:
     None.
@@ -60,6 +93,111 @@ def sow_statistics(*, example_axes: int = 1, mask: jax.Array | None = None) -> I
     ValueError: while tracing, if a layer's inputs have no rows, are complex, or do not fit `mask`.
   """
 
+  def see(module: nn.Module, call: Call) -> Any:
+    # What is not sown is missed, loudly, when the optimizer asks for it.
+    if call.problem:
+      return None
+    return call_statistics(call, "/".join(module.path), example_axes, mask)
+
+  with nn.intercept_methods(_sow_calls(see, merge_calls, exact_windows)):
+    yield
+
+
+def layers(
+  model: nn.Module,
+  *init_args: Any,
+  strict: bool = False,
+  exact_windows: bool = False,
+  **init_kwargs: Any,
+) -> Layers:
+  """Finds the linear layers of a model, by tracing it once with `jax.eval_shape`.
+
+  It computes nothing and works for models of any size. Needed as ``layers`` of
+  `bnp_optax.scale_by_bnp` and `bnp_optax.bnp` for whatever is no plain Dense or Conv: attention,
+  grouped and transposed convolutions, layers under `flax.linen.scan` or `flax.linen.vmap`.
+
+  Examples:
+    >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> class Model(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, tokens):
+    ...     x = nn.Embed(50, 8, name="embed")(tokens)
+    ...     x = x + nn.MultiHeadDotProductAttention(2, name="attention")(x)
+    ...     return nn.Dense(50, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
+    >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
+    >>> layers = bnp_optax.linen.layers(Model(), tokens)
+    >>> print(layers)  # doctest: +NORMALIZE_WHITESPACE
+    path                    kind          shape   inputs  positions  preconditioned
+    -------------------------------------------------------------------------------------------
+    attention/key/kernel    DenseGeneral  8x2x4   4x6x8           6  yes
+    attention/out/kernel    DenseGeneral  2x4x8   4x6x8           6  yes
+    attention/query/kernel  DenseGeneral  8x2x4   4x6x8           6  yes
+    attention/value/kernel  DenseGeneral  8x2x4   4x6x8           6  yes
+    embed/embedding                       50x8                       passes through
+    head/kernel             Dense         8x50    4x6x8           6  yes, without bias: not centred
+    norm/bias                             8                          passes through
+    norm/scale                            8                          passes through
+    5 layers, 656 of 1,072 parameters in their kernels
+    >>> layers[("attention", "key", "kernel")].output
+    (1, 2)
+
+  Args:
+    model: the model.
+    *init_args: what ``model.init`` takes after the random key; `jax.ShapeDtypeStruct` will do for
+      arrays.
+    strict: whether to raise if there is a linear layer that BNP cannot precondition.
+    exact_windows: as in `sow_statistics`.
+    **init_kwargs: likewise, such as ``train=False`` or ``method``.
+
+  Returns:
+    An immutable, hashable mapping from the path of each kernel to its layout. Printed, it is a
+    table of all parameters.
+
+  Raises:
+    ValueError: if `strict` and a linear layer cannot be covered; it names each, and says why.
+  """
+  called: dict[tuple[str, ...], str] = {}
+
+  def see(module: nn.Module, call: Call) -> Any:
+    kind, kernel = type(module).__name__, module.get_variable("params", call.kernel)
+    called[(*module.path, call.kernel)] = kind
+    return observe(call, kind, jnp.shape(nn.meta.unbox(kernel)))
+
+  leaves, treedef = jax.tree.flatten((init_args, init_kwargs))
+  arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+  def trace(key: jax.Array, values: list[Any]) -> tuple[Any, Any]:
+    filled = list(leaves)
+    for i, value in zip(arrays, values, strict=True):
+      filled[i] = value
+    args, kwargs = jax.tree.unflatten(treedef, filled)
+    variables = dict(nn.meta.unbox(model.init(key, *args, **kwargs)))
+    variables.pop("intermediates", None)
+    with nn.intercept_methods(_sow_calls(see, merge_observations, exact_windows)):
+      _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
+    return variables.get("params", {}), aux.get("intermediates", {})
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  params, seen = jax.eval_shape(trace, key, [leaves[i] for i in arrays])
+  return make_layers(
+    {path: x.shape for path, x in flatten(params)},
+    {
+      (*path[:-1], x.kernel): x
+      for path, x in flatten(seen, Observation)
+      if isinstance(x, Observation)
+    },
+    called,
+    "its statistics are lost under nn.scan, nn.vmap or nn.RNN: add "
+    '"intermediates": 0 to their variable_axes',
+    strict,
+  )
+
+
+def _sow_calls(
+  see: Callable[[nn.Module, Call], Any], merge: Callable[[Any, Any], Any], exact_windows: bool
+) -> Callable[..., Any]:
+  """An interceptor that sows ``see(module, call)`` beside each linear layer that is called."""
+
   def interceptor(
     next_fun: Callable[..., Any],
     args: tuple[Any, ...],
@@ -67,49 +205,19 @@ def sow_statistics(*, example_axes: int = 1, mask: jax.Array | None = None) -> I
     context: nn.module.InterceptorContext,
   ) -> Any:
     outputs = next_fun(*args, **kwargs)
-    module = context.module
-    if context.method_name == "__call__" and isinstance(module, nn.Dense | nn.Conv):
-      (inputs,) = args or kwargs.values()
-      statistics = _statistics("/".join(module.path), jnp.asarray(inputs), outputs)
-      module.sow(
-        "intermediates",
-        _NAME,
-        statistics,
-        init_fn=_nothing_seen,
-        reduce_fn=_see_again,
-      )
+    method: Any = context.orig_method
+    if reader := _READERS.get(method.func):
+      inputs, *rest = inspect.signature(method).bind(*args, **kwargs).arguments.values()
+      for call in reader(context.module, outputs, exact_windows, jnp.asarray(inputs), *rest):
+        seen = see(context.module, call)
+        if seen is not None:
+          context.module.sow(
+            "intermediates",
+            statistics_name(call.kernel),
+            seen,
+            init_fn=lambda: None,
+            reduce_fn=lambda old, new: new if old is None else merge(old, new),
+          )
     return outputs
 
-  def _statistics(name: str, inputs: jax.Array, outputs: jax.Array) -> LayerStatistics:
-    if inputs.size == 0:
-      raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
-    if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
-      raise ValueError(f"Layer {name}: BNP is defined for real inputs, found {inputs.dtype}.")
-    leading = inputs.shape[:-1]
-    here = mask
-    if here is not None and leading[: here.ndim] != here.shape:
-      if len(leading) > example_axes:
-        raise ValueError(
-          f"Layer {name}: the mask of shape {here.shape} does not fit its inputs of shape "
-          f"{inputs.shape}. Its shape must be the leading shape of the inputs."
-        )
-      here = None
-    examples: int | jax.Array = math.prod(leading[:example_axes])
-    if here is not None:
-      if example_axes >= here.ndim:
-        examples = examples // here.size * jnp.sum(here)
-      here = jnp.broadcast_to(jnp.expand_dims(here, range(here.ndim, len(leading))), leading)
-    return layer_statistics(
-      inputs, examples=examples, rows=math.prod(outputs.shape[:-1]), mask=here
-    )
-
-  with nn.intercept_methods(interceptor):
-    yield
-
-
-def _nothing_seen() -> LayerStatistics | None:
-  return None
-
-
-def _see_again(seen: LayerStatistics | None, new: LayerStatistics | None) -> LayerStatistics | None:
-  return new if seen is None or new is None else merge_calls(seen, new)
+  return interceptor

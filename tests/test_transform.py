@@ -144,8 +144,8 @@ def test_dead_features_stay_finite():
   x = x.at[:, 1].set(0).at[:, 2].set(3)
   tx = bnp_optax.scale_by_bnp(0.0)
   state = tx.init(params)
-  for x in (x, 0 * x):
-    grads, stats = problems.grads_and_stats(problems.MLP(), params, (x, y))
+  for inputs in (x, 0 * x):
+    grads, stats = problems.grads_and_stats(problems.MLP(), params, (inputs, y))
     updates, state = tx.update(grads, state, stats=stats)
     chex.assert_tree_all_finite((updates, state))
     assert state.nonfinite_count == 0
@@ -291,7 +291,7 @@ def test_state_for_other_parameters(mlp):
 
 @pytest.mark.parametrize("away", ["kernel", "bias"])
 def test_kernel_and_bias_torn_apart_by_a_mask(mlp, away):
-  params, grads, stats = mlp
+  params, _, _ = mlp
   mask = jax.tree.map_with_path(
     lambda path, _: path != (jax.tree_util.DictKey("first"), jax.tree_util.DictKey(away)), params
   )

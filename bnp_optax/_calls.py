@@ -1,0 +1,248 @@
+"""One call of a linear layer, in the one form that all layers share.
+
+Each function here reads one kind of layer: from what the layer was given it makes the rows of
+:math:`H` and says which axes of its kernel are what. The layers of `flax.linen` and `flax.nnx` name
+their options alike, so one reader serves both.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnp_optax._layout import KernelLayout
+from bnp_optax._statistics import LayerStatistics, layer_statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """What a layer was given, and the layout of the kernel that it was multiplied by.
+
+  Attributes:
+    layout: which axes of the kernel are what, as the layer itself sees it.
+    inputs: the inputs as rows, ``[*leading, *stack, features]``; examples lead.
+    stack: the number of stack axes.
+    rows: the number of rows of ``H``; None if it is the number of leading positions.
+    kernel: the name of the kernel's leaf.
+    problem: why BNP is not defined for this call, or empty.
+  """
+
+  layout: KernelLayout
+  inputs: jax.Array
+  stack: int = 0
+  rows: int | None = None
+  kernel: str = "kernel"
+  problem: str = ""
+
+  @property
+  def leading(self) -> tuple[int, ...]:
+    """The sizes of the axes that count examples and positions."""
+    return self.inputs.shape[: self.inputs.ndim - 1 - self.stack]
+
+
+def dense(layer: Any, outputs: Any, exact_windows: bool, inputs: jax.Array) -> list[Call]:
+  """Dense, Linear: every vector along the last axis is a row."""
+  del layer, outputs, exact_windows
+  return [Call(KernelLayout(), inputs)]
+
+
+def dense_general(
+  layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
+) -> list[Call]:
+  """DenseGeneral, LinearGeneral: several input and output axes, flattened; batch axes stack."""
+  del exact_windows
+  # nnx names the batch axes in a mapping to their sizes.
+  batch = layer.batch_dims if hasattr(layer, "batch_dims") else list(layer.batch_axis)
+  batch, feature = (
+    sorted(axis % inputs.ndim for axis in np.atleast_1d(np.asarray(x, int)).tolist())
+    for x in (batch, layer.axis)
+  )
+  leading = [axis for axis in range(inputs.ndim) if axis not in (*batch, *feature)]
+  h = inputs.transpose(*leading, *batch, *feature)
+  h = h.reshape(*h.shape[: len(leading) + len(batch)], -1)
+  counts = len(batch), len(feature), outputs.ndim - len(leading) - len(batch)
+  return [Call(_consecutive(*counts), h, stack=len(batch))]
+
+
+def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array) -> list[Call]:
+  """Conv, ConvLocal: a row an output position."""
+  window = len(np.atleast_1d(layer.kernel_size))
+  rows = math.prod(outputs.shape[:-1])
+  if not getattr(layer, "shared_weights", True):
+    # Every output position has a kernel of its own, and its own statistics.
+    layout = _consecutive(window, 1, 1)
+    h, stack, rows = _windows(layer, inputs, channel_major=True), window, None
+  else:
+    layout = dataclasses.replace(
+      KernelLayout.by_convention(window + 2),
+      groups=layer.feature_group_count,
+      exact_windows=exact_windows,
+    )
+    h, stack = _dilated(inputs, _per_axis(layer.input_dilation, window)), 0
+    if exact_windows:
+      h = _windows(layer, inputs, channel_major=False)
+  return [Call(layout, h, stack, rows, problem=_masked_weights(layer))]
+
+
+def conv_transpose(
+  layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
+) -> list[Call]:
+  """ConvTranspose: a convolution over the inputs with zeros between them."""
+  del exact_windows
+  window = len(np.atleast_1d(layer.kernel_size))
+  layout = KernelLayout.by_convention(window + 2)
+  if layer.transpose_kernel:
+    layout = dataclasses.replace(layout, feature=layout.output, output=layout.feature)
+  h = _dilated(inputs, _per_axis(layer.strides, window))
+  rows = math.prod(outputs.shape[:-1])
+  return [Call(layout, h, rows=rows, problem=_masked_weights(layer))]
+
+
+def einsum(
+  layer: Any,
+  outputs: jax.Array,
+  exact_windows: bool,
+  inputs: jax.Array,
+  einsum_str: str | None = None,
+) -> list[Call]:
+  """Einsum: axes of the inputs alone are rows, axes of all three are a stack."""
+  del outputs, exact_windows
+  equation = (einsum_str or layer.einsum_str).replace(" ", "")
+  given, result = equation.split("->")
+  given, kernel = given.split(",")
+  spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+  ellipsis = "".join(spare[: inputs.ndim - len(given.replace("...", ""))])
+  given, result = given.replace("...", ellipsis), result.replace("...", ellipsis)
+  problem = ""
+  if "..." in kernel:
+    problem = "the kernel has an ellipsis"
+  elif any(len(set(x)) < len(x) for x in (given, kernel, result)):
+    problem = "an axis appears twice in one operand"
+  elif alone := [c for c in kernel if c not in given + result]:
+    problem = f"the kernel's axis {alone[0]!r} is summed alone, so its rows are not defined"
+  leading = [c for c in given if c in result and c not in kernel]
+  stack = [c for c in result if c in given and c in kernel]
+  feature = [c for c in kernel if c not in result]
+  output = [c for c in result if c in kernel and c not in given]
+  if [c for c in result if c in kernel] != stack + output:
+    problem = problem or "an output axis stands before a batch axis of the kernel"
+  if problem:
+    return [Call(KernelLayout(), inputs, problem=f"in {equation!r} {problem}")]
+  # A sum over an axis of the inputs alone is the same before the kernel as after it.
+  h = jnp.einsum(f"{given}->{''.join(leading + stack + feature)}", inputs)
+  h = h.reshape(*h.shape[: len(leading) + len(stack)], -1)
+  axes = (tuple(kernel.index(c) for c in letters) for letters in (stack, feature, output))
+  layout = KernelLayout(**dict(zip(("stack", "feature", "output"), axes, strict=True)))
+  return [Call(layout, h, stack=len(stack))]
+
+
+def call_statistics(
+  call: Call, name: str, example_axes: int, mask: jax.Array | None
+) -> LayerStatistics:
+  """The statistics of one call of the layer called ``name``.
+
+  Args:
+    call: the call.
+    name: what errors call the layer.
+    example_axes: how many leading axes count examples.
+    mask: True for the leading positions that count; None for all.
+
+  Returns:
+    The statistics, with the kernel's name and layout.
+
+  Raises:
+    ValueError: while tracing, if there are no rows, if the inputs are complex or do not fit `mask`.
+  """
+  inputs, leading = call.inputs, call.leading
+  if inputs.size == 0:
+    raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
+  if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
+    raise ValueError(f"Layer {name}: BNP is defined for real inputs, found {inputs.dtype}.")
+  if mask is not None and leading[: mask.ndim] != mask.shape:
+    if len(leading) > example_axes:
+      raise ValueError(
+        f"Layer {name}: the mask of shape {mask.shape} does not fit its inputs of shape "
+        f"{inputs.shape}. Its shape must be the leading shape of the inputs."
+      )
+    mask = None
+  examples: int | jax.Array = math.prod(leading[:example_axes])
+  if mask is not None:
+    if example_axes >= mask.ndim:
+      examples = examples // mask.size * jnp.sum(mask)
+    mask = jnp.broadcast_to(jnp.expand_dims(mask, range(mask.ndim, len(leading))), leading)
+  statistics = layer_statistics(
+    inputs,
+    examples=examples,
+    rows=math.prod(leading) if call.rows is None else call.rows,
+    mask=mask,
+    stack=call.stack,
+  )
+  return dataclasses.replace(statistics, kernel=call.kernel, layout=call.layout)
+
+
+def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:
+  """A kernel whose axes are stack, feature and output, in this order."""
+  axes = iter(range(stack + feature + output))
+  take = (tuple(itertools.islice(axes, n)) for n in (stack, feature, output))
+  return KernelLayout(**dict(zip(("stack", "feature", "output"), take, strict=True)))
+
+
+def _masked_weights(layer: Any) -> str:
+  return "" if layer.mask is None else "its kernel is masked: not every entry is a weight"
+
+
+def _per_axis(x: Any, window: int) -> tuple[int, ...]:
+  return tuple(np.broadcast_to(1 if x is None else x, window).tolist())
+
+
+def _dilated(inputs: jax.Array, dilation: tuple[int, ...]) -> jax.Array:
+  """The map that the kernel slides over: the inputs with ``dilation - 1`` zeros between them."""
+  interior = (0,) * (inputs.ndim - 1 - len(dilation)) + tuple(d - 1 for d in dilation) + (0,)
+  if not any(interior) or inputs.size == 0:
+    return inputs
+  return jax.lax.pad(inputs, jnp.zeros((), inputs.dtype), [(0, 0, i) for i in interior])
+
+
+def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array:
+  """The rows of ``H`` themselves, ``[*batch, *positions, entries]``, zeros of the padding included.
+
+  The entries are (group, window, feature), or if ``channel_major`` (feature, window), which is how
+  ConvLocal lays out its kernel.
+  """
+  kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
+  window, channels = len(kernel_size), inputs.shape[-1]
+  batch, space = inputs.shape[: -window - 1], inputs.shape[-window - 1 : -1]
+  dilation = _per_axis(layer.kernel_dilation, window)
+  h = inputs.reshape(math.prod(batch), *space, channels)
+  if not jnp.issubdtype(h.dtype, jnp.inexact):
+    h = h.astype(jnp.float32)
+  padding: Any = layer.padding
+  reach = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
+  if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+    sides = [(r, 0) if padding == "CAUSAL" else (r // 2, (r + 1) // 2) for r in reach]
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]
+    h, padding = jnp.pad(h, [(0, 0), *sides, (0, 0)], mode), "VALID"
+  elif not isinstance(padding, str):
+    sides = (padding,) * window if isinstance(padding, int) else padding
+    padding = [(p, p) if isinstance(p, int) else tuple(p) for p in sides]
+  letters = "DHW"[3 - window :] if window <= 3 else "".join(map(chr, range(65, 65 + window)))
+  h = jax.lax.conv_general_dilated_patches(
+    h,
+    kernel_size,
+    _per_axis(layer.strides, window),
+    padding,
+    lhs_dilation=_per_axis(layer.input_dilation, window),
+    rhs_dilation=dilation,
+    dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  positions = h.shape[1:-1]
+  if not channel_major:
+    groups = layer.feature_group_count
+    h = h.reshape(*h.shape[:-1], groups, channels // groups, math.prod(kernel_size))
+    h = jnp.moveaxis(h, -1, -2)
+  return h.reshape(*batch, *positions, -1)

@@ -1,0 +1,281 @@
+"""`Layers`: which parameters of a model BNP preconditions, found by tracing it, and their table.
+
+A framework's room traces its model with `jax.eval_shape` and leaves an `Observation` beside each
+linear layer, as it leaves statistics there in training. What comes out stacked has been scanned.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnp_optax._calls import Call
+from bnp_optax._layout import KernelLayout
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+def flatten(tree: Any, *kinds: type) -> list[tuple[Path, Any]]:
+  """The leaves of a tree with their paths, which name a leaf alike in every framework's trees."""
+  keys = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
+  return [(_path(path), leaf) for path, leaf in keys]
+
+
+def _path(keys: tuple[Any, ...]) -> Path:
+  names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+  # An NNX variable, or a boxed parameter, is a node of its own around its value.
+  return names[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else names
+
+
+def statistics_name(kernel: str) -> str:
+  """The name under which what a layer saw is sown beside its kernel."""
+  return "layer_statistics" if kernel == "kernel" else f"layer_statistics_{kernel}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table: a linear layer, or parameters that belong to none.
+
+  Attributes:
+    path: the path of the kernel, or of the parameter.
+    kind: the class of the layer, or empty.
+    shape: the shape of the kernel, or of the parameter.
+    inputs: the shape of what the layer was given in one call.
+    positions: output positions an example, over all calls.
+    layout: the layout of the kernel; None if BNP does not precondition it.
+    note: how it is treated, or why it is not.
+    covered: False if this is a linear layer that BNP ought to precondition and cannot.
+  """
+
+  path: Path
+  kind: str
+  shape: Shape
+  inputs: Shape | None
+  positions: int | None
+  layout: KernelLayout | None
+  note: str
+  covered: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(Mapping[Path, KernelLayout]):
+  """The layers of a model, as `bnp_optax.linen.layers` or `bnp_optax.nnx.layers` finds them.
+
+  An immutable, hashable mapping from the path of each kernel that BNP preconditions to its layout;
+  printed, it is a table of all parameters. Pass it as ``layers`` to `bnp_optax.scale_by_bnp` or
+  `bnp_optax.bnp`.
+
+  Attributes:
+    rows: the lines of the table.
+  """
+
+  rows: tuple[Row, ...]
+
+  @functools.cached_property
+  def _layouts(self) -> dict[Path, KernelLayout]:
+    return {row.path: row.layout for row in self.rows if row.layout is not None}
+
+  def __getitem__(self, path: Path) -> KernelLayout:
+    """The layout of the kernel at a path."""
+    return self._layouts[path]
+
+  def __iter__(self) -> Iterator[Path]:
+    """Over the paths of the kernels."""
+    return iter(self._layouts)
+
+  def __len__(self) -> int:
+    """The number of kernels."""
+    return len(self._layouts)
+
+  def __str__(self) -> str:
+    """The table, as plain text."""
+    lines = [("path", "kind", "shape", "inputs", "positions", "preconditioned")]
+    lines += [
+      (
+        "/".join(row.path),
+        row.kind,
+        _show(row.shape),
+        "" if row.inputs is None else _show(row.inputs),
+        "" if row.positions is None else str(row.positions),
+        row.note if row.covered else f"NO: {row.note}",
+      )
+      for row in self.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    align = (str.ljust, str.ljust, str.ljust, str.ljust, str.rjust, str.ljust)
+    table = [
+      "  ".join(a(x, w) for a, x, w in zip(align, line, widths, strict=True)).rstrip()
+      for line in lines
+    ]
+    table.insert(1, "-" * max(map(len, table)))
+    weights = sum(math.prod(row.shape) for row in self.rows if row.layout is not None)
+    total = sum(math.prod(row.shape) for row in self.rows)
+    table.append(f"{len(self)} layers, {weights:,} of {total:,} parameters in their kernels")
+    return "\n".join(table)
+
+  __repr__ = __str__
+
+
+def _show(shape: Shape) -> str:
+  return "x".join(map(str, shape)) or "scalar"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observation:
+  """What one layer is, sown beside it while the model is traced; static but for the marker.
+
+  Attributes:
+    marker: a scalar where it is sown; scan and vmap stack it as they stack statistics.
+    kind: the class of the layer.
+    kernel: the name of the kernel's leaf.
+    shape: the shape of the kernel as the layer sees it.
+    inputs: the shape of what the layer was given.
+    positions: output positions an example, over all calls.
+    layout: the layout of the kernel as the layer sees it.
+    problem: why BNP is not defined for it, or empty.
+  """
+
+  marker: jax.Array
+  kind: str = dataclasses.field(metadata={"static": True})
+  kernel: str = dataclasses.field(metadata={"static": True})
+  shape: Shape = dataclasses.field(metadata={"static": True})
+  inputs: Shape = dataclasses.field(metadata={"static": True})
+  positions: int = dataclasses.field(metadata={"static": True})
+  layout: KernelLayout = dataclasses.field(metadata={"static": True})
+  problem: str = dataclasses.field(metadata={"static": True})
+
+
+def observe(call: Call, kind: str, shape: Shape, example_axes: int = 1) -> Observation:
+  """What `layers` wants to know of one call of a layer."""
+  examples = max(1, math.prod(call.leading[:example_axes]))
+  rows = math.prod(call.leading) if call.rows is None else call.rows
+  return Observation(
+    marker=jnp.zeros(()),
+    kind=kind,
+    kernel=call.kernel,
+    shape=tuple(shape),
+    inputs=call.inputs.shape,
+    positions=rows // examples,
+    layout=call.layout,
+    problem=call.problem,
+  )
+
+
+def merge_observations(a: Observation, b: Observation) -> Observation:
+  """The observation of a layer called twice."""
+  problem = a.problem or b.problem
+  if (a.shape, a.layout) != (b.shape, b.layout):
+    problem = problem or "it is called with two different meanings of its kernel's axes"
+  return dataclasses.replace(a, positions=a.positions + b.positions, problem=problem)
+
+
+def make_layers(
+  params: Mapping[Path, Shape],
+  seen: Mapping[Path, Observation],
+  called: Mapping[Path, str],
+  lost: str,
+  strict: bool,
+) -> Layers:
+  """The table of a model.
+
+  Args:
+    params: the shape of every parameter, by path.
+    seen: what was observed of each kernel, by path.
+    called: the class of every linear layer that was called, by the path of its kernel, whether or
+      not its observation came back.
+    lost: why an observation may not have come back, and what to do.
+    strict: whether to raise if a linear layer is not covered.
+
+  Raises:
+    ValueError: if `strict` and a linear layer is not covered, naming each and why.
+  """
+  biases, rows = set(), {}
+  for path, shape in params.items():
+    if path in seen:
+      row, bias = _row(path, shape, seen[path], params)
+      rows[path] = row
+      if row.layout is not None and bias is not None:
+        biases.add(bias)
+    elif path in called:
+      rows[path] = Row(path, called[path], shape, None, None, None, lost, covered=False)
+    elif path[-1] == "kernel":
+      why = "no linear layer that BNP knows was called with it: a custom module, or not called"
+      rows[path] = Row(path, "", shape, None, None, None, why, covered=False)
+    else:
+      rows[path] = Row(path, "", shape, None, None, None, "passes through")
+  layers = Layers(tuple(row for path, row in rows.items() if path not in biases))
+  if strict and (missing := [row for row in layers.rows if not row.covered]):
+    raise ValueError(
+      "BNP cannot precondition these layers:\n"
+      + "\n".join(f"  {'/'.join(row.path)}: {row.note}." for row in missing)
+      + "\nWithout strict=True, they are left to the optimizer as they are."
+    )
+  return layers
+
+
+def _row(
+  path: Path, shape: Shape, seen: Observation, params: Mapping[Path, Shape]
+) -> tuple[Row, Path | None]:
+  """The row of one kernel, and the path of its bias, if it has one."""
+  positions, problem, layout = seen.positions, seen.problem, None
+  bias = (*path[:-1], seen.layout.bias)
+  if not problem:
+    found = _stack_axes(shape, seen.shape, seen.marker.shape)
+    if found is None:
+      problem = (
+        f"the parameter of shape {shape} reaches the layer as {seen.shape}, stacked as "
+        f"{seen.marker.shape}: which axis is which cannot be told"
+      )
+    else:
+      stack, calls = found
+      positions *= math.prod(seen.marker.shape[axis] for axis in calls)
+      layout = dataclasses.replace(seen.layout.stacked(stack), calls=calls)
+      expected = layout.bias_shape(shape)
+      if bias in params and params[bias] != expected:
+        problem = (
+          f"its bias has shape {params[bias]} instead of {expected}; if it is stacked by nn.scan "
+          'or nn.vmap, use variable_axes={"params": 0}'
+        )
+  if problem:
+    return Row(path, seen.kind, shape, seen.inputs, positions, None, problem, covered=False), None
+  has_bias = bias in params
+  note = "yes" if has_bias else "yes, without bias: not centred"
+  row = Row(path, seen.kind, shape, seen.inputs, positions, layout, note)
+  return row, bias if has_bias else None
+
+
+def _stack_axes(shape: Shape, inner: Shape, outer: Shape) -> tuple[Shape, Shape] | None:
+  """Which axes of a kernel are stacked, and which axes of what was sown are repeated calls.
+
+  Args:
+    shape: the shape of the parameter.
+    inner: its shape as the layer saw it.
+    outer: the axes that what was sown got on its way out, the outermost first.
+
+  Returns:
+    The axes of the kernel, outermost stack first, and the axes of what was sown. Where shapes
+    alone leave a choice, the stack leads the kernel, as the default of every scan and vmap has it;
+    None if the calls cannot be told from the stack.
+  """
+  count = len(shape) - len(inner)
+  if count < 0:
+    return None
+  for axes in itertools.permutations(range(len(shape)), count):
+    if tuple(size for axis, size in enumerate(shape) if axis not in axes) != inner:
+      continue
+    fits = [
+      places
+      for places in itertools.combinations(range(len(outer)), count)
+      if all(outer[p] == shape[a] for p, a in zip(places, axes, strict=True))
+    ]
+    if fits:
+      calls = tuple(axis for axis in range(len(outer)) if axis not in fits[0])
+      return (axes, calls) if len(fits) == 1 else None
+  return None
