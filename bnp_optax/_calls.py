@@ -17,6 +17,10 @@ import numpy as np
 from bnp_optax._layout import KernelLayout
 from bnp_optax._statistics import LayerStatistics, layer_statistics
 
+# What is being recorded, for the caches of traced functions: a layer that was traced without
+# statistics, or with other ones, must be traced anew.
+recording = jax.make_user_context()
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax import _calls
-from bnp_optax._calls import Call, call_statistics
+from bnp_optax._calls import Call, call_statistics, recording
 from bnp_optax._layers import (
   Layers,
   Observation,
@@ -57,8 +57,7 @@ def sow_statistics(
   with whatever the model itself sows there. Outputs and gradients of the model stay bitwise the
   same. A layer called several times in one forward pass sees more rows.
 
-  Enter it inside the function that is differentiated and jitted, around the call of the model: a
-  function that has been traced already does not know of it.
+  Enter it inside the function that is differentiated and jitted, around the call of the model.
 
   Under `flax.linen.scan`, `flax.linen.vmap` and `flax.linen.RNN`, ``variable_axes`` must hold
   ``"intermediates": 0``.
@@ -99,7 +98,9 @@ def sow_statistics(
       return None
     return call_statistics(call, "/".join(module.path), example_axes, mask)
 
-  with nn.intercept_methods(_sow_calls(see, merge_calls, exact_windows)):
+  # A mask is a constant of what is traced under it.
+  key = (example_axes, exact_windows, None if mask is None else object())
+  with recording(key), nn.intercept_methods(_sow_calls(see, merge_calls, exact_windows)):
     yield
 
 
@@ -126,17 +127,17 @@ def layers(
     ...     return nn.Dense(50, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
     >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     >>> layers = bnp_optax.linen.layers(Model(), tokens)
-    >>> print(layers)  # doctest: +NORMALIZE_WHITESPACE
-    path                    kind          shape   inputs  positions  preconditioned
-    -------------------------------------------------------------------------------------------
-    attention/key/kernel    DenseGeneral  8x2x4   4x6x8           6  yes
-    attention/out/kernel    DenseGeneral  2x4x8   4x6x8           6  yes
-    attention/query/kernel  DenseGeneral  8x2x4   4x6x8           6  yes
-    attention/value/kernel  DenseGeneral  8x2x4   4x6x8           6  yes
-    embed/embedding                       50x8                       passes through
-    head/kernel             Dense         8x50    4x6x8           6  yes, without bias: not centred
-    norm/bias                             8                          passes through
-    norm/scale                            8                          passes through
+    >>> print(layers)
+    path                    kind          shape  inputs  positions  preconditioned
+    ----------------------------------------------------------------------------------------------
+    attention/key/kernel    DenseGeneral  8x2x4  4x6x8           6  yes
+    attention/out/kernel    DenseGeneral  2x4x8  4x6x8           6  yes
+    attention/query/kernel  DenseGeneral  8x2x4  4x6x8           6  yes
+    attention/value/kernel  DenseGeneral  8x2x4  4x6x8           6  yes
+    embed/embedding                       50x8                      passes through
+    head/kernel             Dense         8x50   4x6x8           6  yes, without bias: not centred
+    norm/bias                             8                         passes through
+    norm/scale                            8                         passes through
     5 layers, 656 of 1,072 parameters in their kernels
     >>> layers[("attention", "key", "kernel")].output
     (1, 2)
@@ -173,7 +174,8 @@ def layers(
     args, kwargs = jax.tree.unflatten(treedef, filled)
     variables = dict(nn.meta.unbox(model.init(key, *args, **kwargs)))
     variables.pop("intermediates", None)
-    with nn.intercept_methods(_sow_calls(see, merge_observations, exact_windows)):
+    sow = nn.intercept_methods(_sow_calls(see, merge_observations, exact_windows))
+    with recording(object()), sow:
       _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
     return variables.get("params", {}), aux.get("intermediates", {})
 

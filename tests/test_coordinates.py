@@ -99,7 +99,7 @@ def test_it_is_the_inner_optimizer_on_the_batchnorm_network(name):
     inner, tx = INNER[name], bnp_optax.bnp(INNER[name], decay=1 - 1e-16)
     params = fold(theta)
     state = tx.init(params)
-    # The statistics are set, and a decay of almost 1 keeps them: to the last digit, they are frozen.
+    # The statistics are set, and a decay of almost 1 keeps them, to the last digit.
     kernels = lambda arrays: {
       f"layer_{i}": {"kernel": x, "bias": optax.MaskedNode()} for i, x in enumerate(arrays)
     }
@@ -163,7 +163,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
 )
 def test_an_inner_optimizer_that_keeps_parameters_is_refused(inner):
   params, _ = problems.make(problems.MLP(), (8, 5))
-  with pytest.raises(ValueError, match="keeps a copy of the parameters.*Put BNP inside"):
+  with pytest.raises(ValueError, match=r"keeps a copy of the parameters.*Put BNP inside"):
     jax.eval_shape(bnp_optax.bnp(inner).init, params)
 
 

@@ -268,7 +268,7 @@ def test_clipping_before_and_after(problem):
 
 
 def test_weight_decay_in_each_place(problem):
-  """After BNP it decays theta; before it, the decay is preconditioned; in bnp(adamw), theta again."""
+  """After BNP it decays theta, and in bnp(adamw) too; before BNP, it is preconditioned."""
   params, _, grads, stats = problem
   bnp, decay = bnp_optax.scale_by_bnp(), optax.add_decayed_weights(0.1)
   zero = jax.tree.map(jnp.zeros_like, grads)
@@ -306,7 +306,7 @@ def test_tree_get_and_set_in_a_chain_with_adam(problem):
 
 
 def test_multisteps_hands_over_the_last_micro_batch_alone(problem):
-  """What MultiSteps does cannot be seen from inside: its statistics are those of one micro-batch."""
+  """This cannot be seen from inside: the statistics are those of one micro-batch."""
   params, (x, y), *_ = problem
   tx = optax.MultiSteps(sgd_on_bnp(), every_k_schedule=2)
   step, state = stepper(tx), tx.init(params)
@@ -318,3 +318,39 @@ def test_multisteps_hands_over_the_last_micro_batch_alone(problem):
   np.testing.assert_allclose(mean, optax.tree.get(last, "input_mean")["first"]["kernel"], rtol=1e-6)
   _, whole = run(sgd_on_bnp(), params, (x, y), steps=1)
   assert not np.allclose(mean, optax.tree.get(whole, "input_mean")["first"]["kernel"])
+
+
+# Gradient accumulation.
+
+
+def accumulated(model, tx, k):
+  """One step on the mean gradient of k micro-batches, with Optax's own micro-batching."""
+  mean, total = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
+
+  @jax.jit
+  def step(params, state, batch):
+    grad_fn = jax.value_and_grad(problems.loss_fn(model), has_aux=True)
+    (_, stats), grads = optax.microbatching.microbatch(
+      grad_fn, argnums=1, microbatch_size=len(batch[0]) // k, accumulator=((mean, total), mean)
+    )(params, batch)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+@pytest.mark.parametrize("make", [sgd_on_bnp, OPTIMIZERS["adam"]], ids=["chain", "bnp"])
+@pytest.mark.parametrize(
+  ("model", "k"),
+  [(problems.MLP("float64"), 3), (problems.MLP("float64"), 12), (problems.CNN("float64"), 4)],
+  ids=["mlp, 3", "mlp, 12", "cnn, 4"],
+)
+def test_k_micro_batches_are_exactly_one_big_batch(make, model, k):
+  with jax.enable_x64(True):
+    shape = (12, 5) if isinstance(model, problems.MLP) else (12, 6, 6, 2)
+    params, batch = problems.make(model, shape, "float64")
+    whole, parts = stepper(make(), model), accumulated(model, make(), k)
+    a = b = (params, make().init(params))
+    for _ in range(3):
+      a, b = whole(*a, batch), parts(*b, batch)
+    chex.assert_trees_all_close(a, b, rtol=1e-11, atol=1e-13)

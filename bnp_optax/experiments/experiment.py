@@ -1,0 +1,108 @@
+"""What an experiment is: a value that says what is compared, on what, and for how long.
+
+Its settings are what its records are found by, so a value that changes a result must be in them.
+"""
+
+import dataclasses
+from typing import Any
+
+from bnp_optax.experiments.errors import UsageError
+from bnp_optax.experiments.methods import Method
+from bnp_optax.experiments.models import MLP
+
+_EPOCHS = {"digits": 15}
+_EPOCHS_ELSEWHERE = 3
+_MAX_SELECTION_EPOCHS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """One comparison of methods.
+
+  Attributes:
+    name: What the command line and the records call it.
+    title: What it shows, in one line.
+    network: The network, without norm; each method adds its own.
+    dataset: Name of the data set.
+    batch_sizes: The batch sizes; one panel of the figure each.
+    methods: The methods compared.
+    rates: The learning rates to choose from, the same ones for every method.
+    epochs: How long to train; None for what suits the data set.
+    seeds: How many runs of each method.
+  """
+
+  name: str
+  title: str
+  network: MLP
+  dataset: str
+  batch_sizes: tuple[int, ...]
+  methods: tuple[Method, ...]
+  rates: tuple[float, ...]
+  epochs: int | None
+  seeds: int
+
+  @property
+  def length(self) -> int:
+    """How many epochs to train."""
+    return self.epochs or _EPOCHS.get(self.dataset, _EPOCHS_ELSEWHERE)
+
+  @property
+  def selection_length(self) -> int:
+    """How many epochs the runs have that the learning rates are chosen by."""
+    return min(self.length, _MAX_SELECTION_EPOCHS)
+
+  @property
+  def seed_list(self) -> list[int]:
+    """The seeds of the runs; seed 0 is that of the runs that choose the learning rate."""
+    return list(range(1, self.seeds + 1))
+
+  def check(self) -> None:
+    """Refuses values that make no sense, before anything costly is done."""
+    if self.epochs is not None and self.epochs < 1:
+      raise UsageError(f"--epochs must be at least 1, found {self.epochs}")
+    if self.seeds < 1:
+      raise UsageError(f"--seeds must be at least 1, found {self.seeds}")
+    if not self.methods:
+      raise UsageError("--methods must name at least one method")
+    if not self.batch_sizes:
+      raise UsageError("--batch-sizes must name at least one batch size")
+    if min(self.batch_sizes) < 1:
+      raise UsageError(f"--batch-sizes must be at least 1, found {min(self.batch_sizes)}")
+
+  def check_fits(self, images: int) -> None:
+    """Refuses a batch that the training images cannot fill."""
+    if max(self.batch_sizes) > images:
+      raise UsageError(
+        f"--batch-sizes: {max(self.batch_sizes)} is more than the {images} images of "
+        f"{self.dataset} that there are to train on"
+      )
+
+  def rate_settings(self, method: Method, batch_size: int) -> dict[str, Any]:
+    """The settings of the runs that choose a learning rate."""
+    return self._settings("rate", batch_size) | {
+      "method": method.name,
+      "rates": list(self.rates),
+      "selection_epochs": self.selection_length,
+    }
+
+  def epoch_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
+    """The settings of the runs that are tested after each epoch."""
+    return self._settings("epoch", batch_size) | {
+      "method": method.name,
+      "rate": rate,
+      "seeds": self.seed_list,
+    }
+
+  def time_settings(self, batch_size: int) -> dict[str, Any]:
+    """The settings under which the time of a step is measured."""
+    methods = [method.name for method in self.methods]
+    return self._settings("step_time", batch_size) | {"methods": methods}
+
+  def _settings(self, kind: str, batch_size: int) -> dict[str, Any]:
+    return {
+      "kind": kind,
+      "experiment": self.name,
+      "dataset": self.dataset,
+      "network": self.network.title,
+      "batch_size": batch_size,
+    }

@@ -1,0 +1,153 @@
+"""The results of a run: JSON lines in a folder, appended as they come and never written twice.
+
+Every line says by itself what it is of, so that a file can be read, filtered and drawn without the
+program that wrote it. A run first looks for the lines it is about to make; this is how it goes on
+where another one stopped.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+from typing import IO, Any
+
+import jax
+
+import bnp_optax
+from bnp_optax.experiments.errors import ExperimentError, UsageError
+
+Record = dict[str, Any]
+FILE = "results.jsonl"
+
+
+class Results:
+  """The lines of one results file, read and appended."""
+
+  def __init__(self, file: IO[bytes], command: list[str]) -> None:
+    """Reads the lines; a last one that was cut off while it was written is dropped."""
+    self._file = file
+    self._command: list[str] | None = command
+    file.seek(0)
+    content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    file.truncate(len(whole))
+    self._records = [self._parse(*line) for line in enumerate(whole.splitlines(), 1)]
+
+  def _parse(self, number: int, line: bytes) -> Record:
+    try:
+      record = json.loads(line)
+    except ValueError:
+      record = None
+    if not isinstance(record, dict):
+      raise ExperimentError(
+        f"{self._file.name}, line {number}: not a JSON object. Remove the line, or give "
+        f"another --out."
+      )
+    return record
+
+  def find(self, **fields: object) -> list[Record]:
+    """The records that have all of these fields, oldest first."""
+    wanted = json.loads(json.dumps(fields)).items()
+    return [record for record in self._records if wanted <= record.items()]
+
+  def append(self, record: Record) -> None:
+    """Adds a record, which is out of this process when this returns.
+
+    The first one comes after a record of what made it; a run that adds nothing leaves no trace.
+    """
+    if self._command is not None:
+      command, self._command = self._command, None
+      self.append(_header(command))
+    line = json.dumps(_without_nan(record), allow_nan=False)
+    self._file.write(line.encode() + b"\n")
+    self._file.flush()
+    self._records.append(json.loads(line))
+
+
+@contextlib.contextmanager
+def open_results(folder: pathlib.Path, command: list[str]) -> Iterator[Results]:
+  """Opens the results in a folder for this process alone.
+
+  Args:
+    folder: Where they are, or shall be.
+    command: What the user called, for the record.
+
+  Yields:
+    The results.
+
+  Raises:
+    UsageError: The folder cannot be written to, or another process is writing to it.
+    ExperimentError: The file holds something that is no result.
+  """
+  path = folder / FILE
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+  except OSError as error:
+    raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
+  with file:
+    try:
+      # The system gives the lock back when the process ends, however it ends.
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise UsageError(
+        f"another run is writing to {path}: wait for it, or give another --out"
+      ) from error
+    yield Results(file, command)
+
+
+def _header(command: list[str]) -> Record:
+  """The record that begins a run: what was called, with what, on what machine."""
+  device = jax.devices()[0]
+  return {
+    "kind": "run",
+    "command": command,
+    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "versions": {
+      "python": platform.python_version(),
+      "bnp_optax": bnp_optax.__version__,
+      **{name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
+    },
+    "machine": {
+      "system": f"{platform.system()} {platform.machine()}",
+      "cpus": os.cpu_count(),
+      "platform": device.platform,
+      "device": device.device_kind,
+      "devices": jax.device_count(),
+    },
+    "git_revision": _git_revision(),
+  }
+
+
+def _git_revision() -> str | None:
+  """The commit of the clone that this package runs from, if it runs from one."""
+  root = pathlib.Path(__file__).parents[2]
+  if not (root / ".git").exists():
+    return None
+  try:
+    return subprocess.run(
+      ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+def _without_nan(value: Any) -> Any:
+  """JSON has no NaN and no infinity: what diverged is null."""
+  if isinstance(value, dict):
+    return {key: _without_nan(entry) for key, entry in value.items()}
+  if isinstance(value, list | tuple):
+    return [_without_nan(entry) for entry in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

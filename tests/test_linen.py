@@ -1,0 +1,421 @@
+"""`linen.sow_statistics`: what it reports, that it changes nothing, and how it refuses."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnp_optax
+from bnp_optax.linen import sow_statistics
+from tests import problems
+
+
+def see(model, params, *args, context=None, **kwargs):
+  """The intermediates of one jitted forward pass with statistics."""
+
+  @jax.jit
+  def forward(params, args, kwargs):
+    with sow_statistics(**(context or {})):
+      return model.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)[1]
+
+  return forward(params, args, kwargs).get("intermediates", {})
+
+
+def init(model, *args, **kwargs):
+  return jax.jit(model.init)(jax.random.key(0), *args, **kwargs)["params"]
+
+
+def check(statistics, rows, *, examples=None, tolerance=1e-6):
+  """Checks statistics against the rows of H."""
+  rows = np.asarray(rows, np.float64).reshape(-1, np.shape(rows)[-1])
+  assert statistics.rows == len(rows)
+  assert statistics.examples == (len(rows) if examples is None else examples)
+  np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=tolerance)
+  np.testing.assert_allclose(statistics.variance, rows.var(0), rtol=tolerance)
+
+
+def uniform(*shape, seed=0, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).uniform(1, 2, shape), dtype)
+
+
+# It changes nothing.
+
+
+class Sower(nn.Module):
+  """A network that sows values of its own."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3, 3))(x))
+    self.sow("intermediates", "features", x)
+    x = nn.Dense(3)(x.mean((1, 2)))
+    self.sow("intermediates", "logits", x)
+    return x
+
+
+@pytest.mark.parametrize("model", [problems.CNN(), Sower(), nn.remat(problems.CNN)()])
+def test_outputs_and_gradients_are_bitwise_the_same(model):
+  params, batch = problems.make(model, (4, 8, 8, 3))
+
+  def loss_fn(params, batch, *, sow):
+    x, y = batch
+    if not sow:
+      outputs = model.apply({"params": params}, x)
+      return jnp.sum((outputs - y) ** 2), (outputs, {})
+    with sow_statistics():
+      outputs, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+    return jnp.sum((outputs - y) ** 2), (outputs, aux["intermediates"])
+
+  run = lambda sow: jax.jit(
+    jax.value_and_grad(functools.partial(loss_fn, sow=sow), has_aux=True), static_argnames="sow"
+  )(params, batch)
+  (loss, (outputs, _)), grads = run(False)
+  (sown_loss, (sown_outputs, stats)), sown_grads = run(True)
+  assert jax.tree.leaves(stats)
+  chex.assert_trees_all_equal((loss, outputs, grads), (sown_loss, sown_outputs, sown_grads))
+
+
+def test_what_the_model_sows_is_untouched():
+  x = uniform(2, 6, 6, 3)
+  params = init(Sower(), x)
+  _, plain = jax.jit(lambda p: Sower().apply({"params": p}, x, mutable=["intermediates"]))(params)
+  sown = see(Sower(), params, x)
+  assert set(sown) == {"features", "logits", "Conv_0", "Dense_0"}
+  chex.assert_trees_all_equal({k: sown[k] for k in plain["intermediates"]}, plain["intermediates"])
+
+
+def test_nothing_is_sown_into_other_collections_or_at_init():
+  model, x = problems.MLP(), uniform(4, 5)
+  with sow_statistics():
+    assert set(model.init(jax.random.key(0), x)) == {"params"}
+    outputs = model.apply({"params": init(model, x)}, x)
+  assert isinstance(outputs, jax.Array)
+
+
+def test_the_second_call_compiles_nothing():
+  x = uniform(4, 5)
+  params = init(problems.MLP(), x)
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def forward(params, x):
+    with sow_statistics():
+      return problems.MLP().apply({"params": params}, x, mutable=["intermediates"])
+
+  forward(params, x)
+  forward(params, x + 1)
+  assert forward._cache_size() == 1
+
+
+# Every way to build a model.
+
+
+class Tied(nn.Module):
+  """One layer, called three times."""
+
+  @nn.compact
+  def __call__(self, x):
+    layer = nn.Dense(x.shape[-1], name="layer")
+    for _ in range(3):
+      self.sow("intermediates", "inputs", x)
+      x = layer(x)
+    return x
+
+
+def test_a_layer_called_again_sees_more_rows_of_the_same_examples():
+  x = uniform(5, 4)
+  stats = see(Tied(), init(Tied(), x), x)
+  check(stats["layer"]["layer_statistics"], np.concatenate(stats["inputs"]), examples=5)
+
+
+class Setup(nn.Module):
+  def setup(self):
+    self.layers = [nn.Dense(4), nn.Dense(3)]
+    self.heads = {"a": nn.Dense(2)}
+
+  def encode(self, x):
+    for layer in self.layers:
+      x = layer(x)
+    return x
+
+  def __call__(self, x):
+    return self.heads["a"](self.encode(x))
+
+
+def test_setup_and_methods():
+  x = uniform(6, 5)
+  params = init(Setup(), x)
+  assert set(see(Setup(), params, x)) == {"layers_0", "layers_1", "heads_a"}
+  with sow_statistics():
+    _, aux = Setup().apply({"params": params}, x, mutable=["intermediates"], method=Setup.encode)
+  assert set(aux["intermediates"]) == {"layers_0", "layers_1"}
+  check(aux["intermediates"]["layers_0"]["layer_statistics"], x)
+
+
+class Shared(nn.Module):
+  def setup(self):
+    self.inner = problems.MLP()
+    nn.share_scope(self, self.inner)
+
+  def __call__(self, x):
+    return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [nn.remat, nn.jit, lambda m: nn.jit(nn.remat(m))])
+def test_lifted_transforms(wrap):
+  x = uniform(4, 5)
+  params = init(problems.MLP(), x)
+  model = wrap(problems.MLP)()
+  # Traced before without statistics: nothing stale may come back.
+  model.apply({"params": params}, x)
+  model.apply({"params": params}, x, mutable=["intermediates"])
+  stats = see(model, params, x)
+  chex.assert_trees_all_close(stats, see(problems.MLP(), params, x), rtol=1e-6)
+  _, stats = problems.grads_and_stats(model, params, (x, jnp.zeros((4, 3))))
+  check(stats["first"]["layer_statistics"], x)
+
+
+def test_share_scope():
+  x = uniform(4, 5)
+  params = init(Shared(), x)
+  assert set(params) == {"first", "second"}
+  stats = see(Shared(), params, x)
+  check(stats["first"]["layer_statistics"], x)
+  tx = bnp_optax.scale_by_bnp()
+  tx.update(params, tx.init(params), stats=stats)
+
+
+def test_a_subclass_that_calls_its_parent_is_read_once():
+  class Doubled(nn.Dense):
+    def __call__(self, inputs):
+      return super().__call__(2 * inputs)
+
+  x = uniform(4, 5)
+  check(see(Doubled(3), init(Doubled(3), x), x)["layer_statistics"], 2 * x)
+
+
+def test_inputs_by_keyword():
+  x = uniform(4, 5)
+  with sow_statistics():
+    _, aux = nn.Dense(3).apply(
+      {"params": init(nn.Dense(3), x)}, inputs=x, mutable=["intermediates"]
+    )
+  check(aux["intermediates"]["layer_statistics"], x)
+
+
+def test_one_unbatched_input():
+  x = uniform(5)
+  check(see(nn.Dense(3), init(nn.Dense(3), x), x)["layer_statistics"], x[None])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
+def test_integers_and_booleans(dtype):
+  x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (6, 4)), dtype)
+  model = nn.Dense(3, dtype=jnp.float32)
+  check(see(model, init(model, x), x)["layer_statistics"], x)
+
+
+def test_numpy_inputs():
+  x = np.asarray(uniform(4, 5))
+  with sow_statistics():
+    _, aux = nn.Dense(3).apply({"params": init(nn.Dense(3), x)}, x, mutable=["intermediates"])
+  check(aux["intermediates"]["layer_statistics"], x)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_with_a_large_mean(dtype):
+  """E[h^2] - E[h]^2 in bfloat16 gave 0.0 here."""
+  x = jnp.asarray(100 + np.random.default_rng(0).normal(size=(512, 3)), dtype)
+  model = nn.Dense(2, dtype=dtype, param_dtype=dtype)
+  statistics = see(model, init(model, x), x)["layer_statistics"]
+  chex.assert_type(jax.tree.leaves(statistics), jnp.float32)
+  check(statistics, x.astype(jnp.float32), tolerance=1e-5)
+
+
+def test_double_precision():
+  with jax.enable_x64(True):
+    x = uniform(50, 3, dtype=jnp.float64) + 1e6
+    model = nn.Dense(2, param_dtype=jnp.float64)
+    params = init(model, x)
+    statistics = see(model, params, x)["layer_statistics"]
+    chex.assert_type(jax.tree.leaves(statistics), jnp.float64)
+    check(statistics, x, tolerance=1e-9)
+    state = bnp_optax.scale_by_bnp().init(params)
+    assert state.input_mean["kernel"].dtype == jnp.float64
+
+
+# Examples, rows, masks.
+
+
+def test_example_axes():
+  x = uniform(4, 6, 5)
+  params = init(nn.Dense(3), x)
+  check(see(nn.Dense(3), params, x)["layer_statistics"], x, examples=4)
+  stats = see(nn.Dense(3), params, x, context={"example_axes": 2})
+  check(stats["layer_statistics"], x, examples=24)
+
+
+@pytest.mark.parametrize(("example_axes", "examples"), [(1, 3), (2, 7)])
+def test_padding(example_axes, examples):
+  mask = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]], bool)
+  x = jnp.where(mask[..., None], uniform(3, 4, 5), jnp.nan)
+  params = init(nn.Dense(2), x)
+  context = {"example_axes": example_axes, "mask": mask}
+  statistics = see(nn.Dense(2), params, x, context=context)["layer_statistics"]
+  check(statistics, np.asarray(x)[np.asarray(mask)], examples=examples)
+
+
+def test_padding_of_examples():
+  mask = jnp.array([True, True, False])
+  x = uniform(3, 4, 5)
+  statistics = see(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": mask})["layer_statistics"]
+  check(statistics, x[:2], examples=2)
+
+
+def test_a_head_after_pooling_is_not_masked():
+  class Pooled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(2, name="head")(nn.Dense(3, name="tokens")(x).mean(1))
+
+  x = uniform(3, 4, 5)
+  mask = jnp.ones((3, 4), bool).at[0, 0].set(False)
+  stats = see(Pooled(), init(Pooled(), x), x, context={"mask": mask})
+  assert stats["tokens"]["layer_statistics"].rows == 11
+  assert stats["head"]["layer_statistics"].rows == 3
+
+
+def test_a_mask_that_does_not_fit():
+  x = uniform(3, 4, 5)
+  with pytest.raises(ValueError, match=r"mask of shape \(3, 5\) does not fit .*\(3, 4, 5\)"):
+    see(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": jnp.ones((3, 5), bool)})
+
+
+def test_an_empty_batch():
+  params = init(nn.Dense(2), uniform(3, 4))
+  with pytest.raises(ValueError, match=r"no rows in its inputs of shape \(0, 4\)"):
+    see(nn.Dense(2), params, jnp.ones((0, 4)))
+
+
+def test_complex_inputs():
+  model = nn.Dense(2, param_dtype=jnp.complex64)
+  x = jnp.ones((3, 4), jnp.complex64)
+  with pytest.raises(ValueError, match="real inputs, found complex64"):
+    see(model, init(model, x), x)
+
+
+# Ways to lose statistics: each is loud, and says what to do.
+
+
+class Scanned(nn.Module):
+  """Layers stacked by nn.scan."""
+
+  axes: tuple[str, ...] = ("params", "intermediates")
+  features: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    block = nn.scan(
+      lambda module, x, _: (nn.tanh(module(x)), None),
+      variable_axes=dict.fromkeys(self.axes, 0),
+      split_rngs={"params": True},
+      length=4,
+    )
+    return block(nn.Dense(self.features, name="block"), x, None)[0]
+
+
+def update(model, params, x, layers=None, **context):
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  return tx.update(params, tx.init(params), stats=see(model, params, x, context=context))
+
+
+def test_lost_under_scan():
+  x, model = uniform(5, 3), Scanned(axes=("params",))
+  params = init(model, x)
+  layers = bnp_optax.linen.layers(Scanned(), x)
+  remedy = 'No statistics for block|no LayerStatistics.*mutable=\\["intermediates"\\]'
+  with pytest.raises(ValueError, match=remedy):
+    update(model, params, x, layers)
+  with pytest.raises(ValueError, match='block/kernel: .*add "intermediates": 0 to their variable'):
+    bnp_optax.linen.layers(model, x, strict=True)
+  assert "NO: its statistics are lost" in str(bnp_optax.linen.layers(model, x))
+
+
+@pytest.mark.parametrize("features", [3, 4])  # 4: the stack is as long as the layer is wide.
+def test_a_scanned_stack_without_layers_is_never_taken_for_a_convolution(features):
+  x, model = uniform(5, features), Scanned(features=features)
+  params = init(model, x)
+  stats = see(model, params, x)
+  unbiased = {"block": {"kernel": params["block"]["kernel"]}}
+  for p, match in ((params, "block: the bias has shape"), (unbiased, "block: .*under nn.scan")):
+    tx = bnp_optax.scale_by_bnp()
+    with pytest.raises(ValueError, match=rf"Layer {match}.*layers=bnp_optax.linen.layers\(model"):
+      tx.update(p, tx.init(p), stats=stats)
+
+
+def test_attention_without_layers_is_never_taken_for_a_convolution():
+  for features, heads in ((6, 2), (4, 4)):
+    model, x = nn.MultiHeadDotProductAttention(heads, use_bias=False), uniform(3, 5, features)
+    params = init(model, x)
+    with pytest.raises(ValueError, match=r"key, .*value.*layers=bnp_optax.linen.layers\(model"):
+      update(model, params, x)
+    update(model, params, x, bnp_optax.linen.layers(model, x))
+
+
+def test_not_mutable():
+  model, x = problems.MLP(), uniform(4, 5)
+  params = init(model, x)
+  with sow_statistics():
+    _, aux = model.apply({"params": params}, x, mutable=["batch_stats"])
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match=r'mutable=\["intermediates"\]'):
+    tx.update(params, tx.init(params), stats=aux)
+
+
+def test_context_around_a_function_that_is_traced_already():
+  model, x = problems.MLP(), uniform(4, 5)
+  params = init(model, x)
+  forward = jax.jit(lambda p: model.apply({"params": p}, x, mutable=["intermediates"])[1])
+  plain = forward(params)
+  with sow_statistics():
+    check(forward(params)["intermediates"]["first"]["layer_statistics"], x)
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match="belongs inside the function that is jitted"):
+    tx.update(params, tx.init(params), stats=plain)
+
+
+class Custom(nn.Module):
+  """A linear layer of the user's own."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4, name="known")(x)
+    return x @ self.param("kernel", nn.initializers.lecun_normal(), (4, 3))
+
+
+def test_a_custom_module_with_its_own_kernel():
+  model, x = Custom(), uniform(5, 2)
+  params = init(model, x)
+  with pytest.raises(ValueError, match=r"No statistics for \(the model itself\).*layers="):
+    update(model, params, x)
+  with pytest.raises(ValueError, match="kernel: no linear layer that BNP knows"):
+    bnp_optax.linen.layers(model, x, strict=True)
+  layers = bnp_optax.linen.layers(model, x)
+  updates, _ = update(model, params, x, layers)
+  chex.assert_trees_all_equal(updates["kernel"], params["kernel"])
+  assert "NO: no linear layer that BNP knows was called with it" in str(layers)
+
+
+def test_a_masked_kernel_is_refused():
+  model, x = nn.Conv(4, (3,), mask=jnp.ones((3, 2, 4))), uniform(5, 6, 2)
+  with pytest.raises(ValueError, match="no LayerStatistics"):
+    update(model, init(model, x), x)
+  with pytest.raises(ValueError, match="kernel: its kernel is masked"):
+    bnp_optax.linen.layers(model, x, strict=True)
