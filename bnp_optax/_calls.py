@@ -5,7 +5,11 @@ Each function here reads one kind of layer: from what the layer was given it mak
 their options alike, so one reader serves both.
 """
 
+from collections.abc import Callable, Hashable, Iterator, Mapping
+import contextlib
+import contextvars
 import dataclasses
+import inspect
 import itertools
 import math
 from typing import Any
@@ -17,9 +21,26 @@ import numpy as np
 from bnp_optax._layout import KernelLayout
 from bnp_optax._statistics import LayerStatistics, layer_statistics
 
-# What is being recorded, for the caches of traced functions: a layer that was traced without
-# statistics, or with other ones, must be traced anew.
-recording = jax.make_user_context()
+# Part of the key of every cache of traced functions: what was traced without statistics, or with
+# other ones, must be traced anew.
+_cache_key = jax.make_user_context()
+
+
+@contextlib.contextmanager
+def recording(reporter: contextvars.ContextVar[Any], value: Any, key: Hashable) -> Iterator[None]:
+  """Within this context and thread, the variable ``reporter`` has a value.
+
+  Args:
+    reporter: what the layers of one framework report to; the innermost context has its way.
+    value: its value.
+    key: functions traced under an equal key need not be traced again.
+  """
+  token = reporter.set(value)
+  try:
+    with _cache_key(key):
+      yield
+  finally:
+    reporter.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +163,23 @@ def einsum(
   axes = (tuple(kernel.index(c) for c in letters) for letters in (stack, feature, output))
   layout = KernelLayout(**dict(zip(("stack", "feature", "output"), axes, strict=True)))
   return [Call(layout, h, stack=len(stack))]
+
+
+def read(
+  reader: Callable[..., list[Call]],
+  layer: Any,
+  exact_windows: bool,
+  outputs: Any,
+  method: Callable[..., Any],
+  args: tuple[Any, ...],
+  kwargs: Mapping[str, Any],
+) -> list[Call]:
+  """The calls that ``outputs = method(*args, **kwargs)`` of a layer was."""
+  arguments = inspect.signature(method).bind(*args, **kwargs).arguments
+  inputs = jnp.asarray(next(iter(arguments.values())))
+  # Among what else a layer may be given, only this changes the meaning of its kernel.
+  options = {k: v for k, v in arguments.items() if k == "einsum_str"}
+  return reader(layer, outputs, exact_windows, inputs, **options)
 
 
 def call_statistics(

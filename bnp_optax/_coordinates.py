@@ -89,7 +89,7 @@ def bnp(
 
   References:
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
-    <https://jmlr.org/papers/v23/21-0135.html>`_, JMLR 23(72), 2022: equations 7, 8 and 15.
+    <https://jmlr.org/papers/v23/20-1135.html>`_, JMLR 23(72), 2022: equations 7, 8 and 15.
   """
   check_hyperparameters(decay, eps_relative, eps_absolute)
   inner = optax.with_extra_args_support(inner)

@@ -4,7 +4,7 @@ A framework's room traces its model with `jax.eval_shape` and leaves an `Observa
 linear layer, as it leaves statistics there in training. What comes out stacked has been scanned.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import itertools
@@ -49,6 +49,7 @@ class Row:
     inputs: the shape of what the layer was given in one call.
     positions: output positions an example, over all calls.
     layout: the layout of the kernel; None if BNP does not precondition it.
+    size: the number of parameters, those of the bias included.
     note: how it is treated, or why it is not.
     covered: False if this is a linear layer that BNP ought to precondition and cannot.
   """
@@ -59,6 +60,7 @@ class Row:
   inputs: Shape | None
   positions: int | None
   layout: KernelLayout | None
+  size: int
   note: str
   covered: bool = True
 
@@ -114,9 +116,9 @@ class Layers(Mapping[Path, KernelLayout]):
       for line in lines
     ]
     table.insert(1, "-" * max(map(len, table)))
-    weights = sum(math.prod(row.shape) for row in self.rows if row.layout is not None)
-    total = sum(math.prod(row.shape) for row in self.rows)
-    table.append(f"{len(self)} layers, {weights:,} of {total:,} parameters in their kernels")
+    inside = sum(row.size for row in self.rows if row.layout is not None)
+    total = sum(row.size for row in self.rows)
+    table.append(f"{len(self)} layers, {inside:,} of {total:,} parameters")
     return "\n".join(table)
 
   __repr__ = __str__
@@ -176,9 +178,21 @@ def merge_observations(a: Observation, b: Observation) -> Observation:
   return dataclasses.replace(a, positions=a.positions + b.positions, problem=problem)
 
 
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+  """The arrays of a tree, to be traced, and what puts others in their place."""
+  leaves, treedef = jax.tree.flatten(tree)
+  where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+  def rebuild(arrays: list[Any]) -> Any:
+    filled = dict(enumerate(leaves)) | dict(zip(where, arrays, strict=True))
+    return treedef.unflatten(filled.values())
+
+  return [leaves[i] for i in where], rebuild
+
+
 def make_layers(
-  params: Mapping[Path, Shape],
-  seen: Mapping[Path, Observation],
+  params: Any,
+  observations: Any,
   called: Mapping[Path, str],
   lost: str,
   strict: bool,
@@ -186,8 +200,8 @@ def make_layers(
   """The table of a model.
 
   Args:
-    params: the shape of every parameter, by path.
-    seen: what was observed of each kernel, by path.
+    params: the parameters, or their shapes.
+    observations: a tree in which each `Observation` lies beside its kernel.
     called: the class of every linear layer that was called, by the path of its kernel, whether or
       not its observation came back.
     lost: why an observation may not have come back, and what to do.
@@ -196,20 +210,28 @@ def make_layers(
   Raises:
     ValueError: if `strict` and a linear layer is not covered, naming each and why.
   """
+  shapes = {path: tuple(x.shape) for path, x in flatten(params)}
+  seen: dict[Path, Observation] = {
+    (*path[:-1], x.kernel): x
+    for path, x in flatten(observations, Observation)
+    if isinstance(x, Observation)
+  }
   biases, rows = set(), {}
-  for path, shape in params.items():
+  for path, shape in shapes.items():
     if path in seen:
-      row, bias = _row(path, shape, seen[path], params)
+      row, bias = _row(path, shape, seen[path], shapes)
       rows[path] = row
       if row.layout is not None and bias is not None:
         biases.add(bias)
     elif path in called:
-      rows[path] = Row(path, called[path], shape, None, None, None, lost, covered=False)
+      rows[path] = Row(
+        path, called[path], shape, None, None, None, math.prod(shape), lost, covered=False
+      )
     elif path[-1] == "kernel":
       why = "no linear layer that BNP knows was called with it: a custom module, or not called"
-      rows[path] = Row(path, "", shape, None, None, None, why, covered=False)
+      rows[path] = Row(path, "", shape, None, None, None, math.prod(shape), why, covered=False)
     else:
-      rows[path] = Row(path, "", shape, None, None, None, "passes through")
+      rows[path] = Row(path, "", shape, None, None, None, math.prod(shape), "passes through")
   layers = Layers(tuple(row for path, row in rows.items() if path not in biases))
   if strict and (missing := [row for row in layers.rows if not row.covered]):
     raise ValueError(
@@ -243,12 +265,15 @@ def _row(
           f"its bias has shape {params[bias]} instead of {expected}; if it is stacked by nn.scan "
           'or nn.vmap, use variable_axes={"params": 0}'
         )
+  size = math.prod(shape)
   if problem:
-    return Row(path, seen.kind, shape, seen.inputs, positions, None, problem, covered=False), None
-  has_bias = bias in params
-  note = "yes" if has_bias else "yes, without bias: not centred"
-  row = Row(path, seen.kind, shape, seen.inputs, positions, layout, note)
-  return row, bias if has_bias else None
+    row = Row(path, seen.kind, shape, seen.inputs, positions, None, size, problem, covered=False)
+    return row, None
+  if bias not in params:
+    note = "yes, without bias: not centred"
+    return Row(path, seen.kind, shape, seen.inputs, positions, layout, size, note), None
+  size += math.prod(params[bias])
+  return Row(path, seen.kind, shape, seen.inputs, positions, layout, size, "yes"), bias
 
 
 def _stack_axes(shape: Shape, inner: Shape, outer: Shape) -> tuple[Shape, Shape] | None:

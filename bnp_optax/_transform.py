@@ -1,12 +1,11 @@
 """`scale_by_bnp`: Algorithms 2 and 3 as an Optax gradient transformation.
 
-The transformation finds the layers in the parameters (a kernel, and the bias beside it), finds in
-`stats` what each of them saw, and applies `P P^T` to their gradients. All of that is decided by
-names and shapes while tracing; a compiled step holds arithmetic alone.
+The transformation matches each layer of the parameters with what it saw, keeps the running mean and
+variance, and applies `P P^T` to the gradients. What belongs together is decided by names and shapes
+while tracing; a compiled step holds arithmetic alone.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-import dataclasses
+from collections.abc import Callable, Iterable
 import math
 from typing import Any, NamedTuple
 
@@ -16,12 +15,16 @@ import jax.numpy as jnp
 import optax
 
 from bnp_optax import _preconditioner
-from bnp_optax._layers import Path, flatten
-from bnp_optax._layout import KernelLayout
+from bnp_optax._matching import (
+  Layer,
+  Layouts,
+  find_layers,
+  flatten_masked,
+  match_state,
+  match_statistics,
+)
 from bnp_optax._preconditioner import Preconditioner
-from bnp_optax._statistics import LayerStatistics, accumulation_dtype, merge_call_axes
-
-Layouts = Mapping[Path, KernelLayout]
+from bnp_optax._statistics import accumulation_dtype
 
 
 class ScaleByBnpState(NamedTuple):
@@ -42,19 +45,6 @@ class ScaleByBnpState(NamedTuple):
   input_mean: optax.Updates
   input_variance: optax.Updates
   nonfinite_count: jax.typing.ArrayLike
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-  """One layer of the parameters: where its kernel and its bias are among the leaves."""
-
-  path: Path
-  layout: KernelLayout
-  kernel: int
-  bias: int | None
-
-  def __str__(self) -> str:
-    return _name(self.path[:-1] if self.path[-1] == "kernel" else self.path)
 
 
 def scale_by_bnp(
@@ -130,7 +120,7 @@ def scale_by_bnp(
 
   References:
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
-    <https://jmlr.org/papers/v23/21-0135.html>`_, JMLR 23(72), 2022: section 3.3 and 4.
+    <https://jmlr.org/papers/v23/20-1135.html>`_, JMLR 23(72), 2022: section 3.3 and 4.
   """
   check_hyperparameters(decay, eps_relative, eps_absolute)
 
@@ -173,7 +163,7 @@ def check_hyperparameters(
 
 def init_statistics(params: optax.Params, layouts: Layouts | None) -> ScaleByBnpState:
   """The statistics before the first batch: mean 0 and variance 1 for every layer."""
-  leaves, treedef = _flatten(params)
+  leaves, treedef = flatten_masked(params)
   mean: list[Any] = [optax.MaskedNode()] * len(leaves)
   variance = list(mean)
   for layer in find_layers(params, layouts):
@@ -200,10 +190,11 @@ def advance_statistics(
   eps_absolute: chex.Numeric,
 ) -> tuple[ScaleByBnpState, list[tuple[Layer, Preconditioner]]]:
   """Steps 2 and 3 for every layer: the new running statistics and the preconditioners they give."""
-  leaves, treedef = _flatten(updates)
+  leaves, treedef = flatten_masked(updates)
   layers = find_layers(updates, layouts)
-  mean, variance = _state_leaves(state, treedef, leaves, layers)
-  seen = _statistics_of(layers, leaves, stats)
+  mean = match_state("input_mean", state.input_mean, treedef, leaves, layers)
+  variance = match_state("input_variance", state.input_variance, treedef, leaves, layers)
+  seen = match_statistics(layers, leaves, stats)
 
   preconditioners = []
   nonfinite = state.nonfinite_count
@@ -257,7 +248,7 @@ def map_layers(
   tree: optax.Updates,
 ) -> optax.Updates:
   """Applies ``fn(P, kernel, bias)`` to every layer of a tree, and leaves the other leaves alone."""
-  leaves, treedef = _flatten(tree)
+  leaves, treedef = flatten_masked(tree)
   for layer, p in preconditioners:
     kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
     dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
@@ -270,174 +261,3 @@ def map_layers(
       if i is not None and x is not None:
         leaves[i] = x.astype(leaves[i].dtype)
   return treedef.unflatten(leaves)
-
-
-def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
-  """The layers whose kernels are in a tree of parameters or gradients.
-
-  Raises:
-    ValueError: if a kernel is no kernel of a linear layer, or stands without the bias that
-      belongs to it.
-  """
-  named = flatten(tree, optax.MaskedNode)
-  leaves = [leaf for _, leaf in named]
-  index = {path: i for i, (path, _) in enumerate(named)}
-  if layouts and not any(path in index for path in layouts):
-    raise ValueError(
-      f"None of the kernels that layers= names is in the parameters. It names {_names(layouts)}; "
-      f"the parameters are {_names(index)}. Trace the model that these parameters belong to, and "
-      'give this transformation the "params" collection itself.'
-    )
-  layers = []
-  for path, i in index.items():
-    if not path or (path[-1] != "kernel" if layouts is None else path not in layouts):
-      continue
-    # A layer goes by its module's name, unless that has several kernels.
-    where = path[:-1] if path[-1] == "kernel" else path
-    bias_name = "bias" if layouts is None else layouts[path].bias
-    kernel, j = leaves[i], index.get((*path[:-1], bias_name))
-    bias = None if j is None else leaves[j]
-    if _is_masked(kernel):
-      if bias is not None and not _is_masked(bias):
-        raise ValueError(_torn(where, "bias", "kernel"))
-      continue
-    if _is_masked(bias):
-      raise ValueError(_torn(where, "kernel", "bias"))
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-      raise ValueError(
-        f"Layer {_name(where)}: BNP is defined for real kernels, but this one is {kernel.dtype}. "
-        "Leave the layer out with optax.masked or optax.partition."
-      )
-    if layouts is not None:
-      layout = layouts[path]
-    elif kernel.ndim >= 2:
-      layout = KernelLayout.by_convention(kernel.ndim)
-    else:
-      raise ValueError(
-        f"Layer {_name(where)}: a kernel of shape {kernel.shape} is not that of a Dense or Conv. "
-        "Leave the layer out with optax.masked or optax.partition."
-      )
-    if layout.ndim != kernel.ndim:
-      raise ValueError(
-        f"Layer {_name(where)}: layers= has a layout of {layout.ndim} axes for it, {layout}, but "
-        f"its kernel has shape {kernel.shape}. Trace the model that these parameters belong to."
-      )
-    if bias is not None and bias.shape != layout.bias_shape(kernel.shape):
-      raise ValueError(
-        f"Layer {_name(where)}: the bias has shape {bias.shape}, but by its kernel of shape "
-        f"{kernel.shape} it should have {layout.bias_shape(kernel.shape)}. If the layer is not a "
-        "plain Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs)."
-      )
-    layers.append(Layer(path, layout, i, j if bias is not None else None))
-  return layers
-
-
-def _statistics_of(layers: list[Layer], leaves: list[Any], stats: Any) -> list[LayerStatistics]:
-  """What each layer saw, in the order of the layers."""
-  if stats is None:
-    raise ValueError(
-      "BNP needs the statistics of the forward pass: call tx.update(grads, state, params, "
-      "stats=stats) with what bnp_optax.linen.sow_statistics gathered. A wrapper that drops "
-      "extra arguments loses them too."
-    )
-  found: dict[Path, LayerStatistics] = {
-    (*path[:-1], leaf.kernel): leaf
-    for path, leaf in flatten(stats, LayerStatistics)
-    if isinstance(leaf, LayerStatistics)
-  }
-  if not found and layers:
-    raise ValueError(
-      "stats holds no LayerStatistics. Was the forward pass run with "
-      'mutable=["intermediates"], and within `with bnp_optax.linen.sow_statistics():`? The '
-      "context belongs inside the function that is jitted: around one that has been traced "
-      f"already it does nothing. stats is a tree of {jax.tree.structure(stats)}."
-    )
-  if missing := [layer for layer in layers if layer.path not in found]:
-    raise ValueError(
-      f"No statistics for {_names(layer.path[:-1] for layer in missing)}. They came for "
-      f"{_names(path[:-1] for path in found)}. If these layers did not run, or are no Dense or "
-      "Conv, leave them out of this optimizer with optax.masked or optax.partition, or name the "
-      "layers it is for with "
-      "layers=bnp_optax.linen.layers(model, *inputs). If they ran under nn.scan or nn.vmap, add "
-      '"intermediates" to its variable_axes.'
-    )
-  if other := [layer for layer in layers if _is_another(layer.layout, found[layer.path].layout)]:
-    raise ValueError(
-      f"These layers are no plain Dense or Conv, and their kernels' axes are not what they were "
-      f"taken for: {_names(layer.path[:-1] for layer in other)}. Pass "
-      "layers=bnp_optax.linen.layers(model, *inputs) (or bnp_optax.nnx.layers(model, *inputs)), "
-      "traced from this model, with the same exact_windows= as in sow_statistics."
-    )
-  merged = []
-  for layer in layers:
-    shape, statistics = leaves[layer.kernel].shape, found[layer.path]
-    expected, saw = layer.layout.statistics_shape(shape), statistics.total.shape
-    if len(saw) == len(expected) + len(layer.layout.calls):
-      statistics = merge_call_axes(statistics, layer.layout.calls)
-    if expected != statistics.total.shape:
-      raise ValueError(
-        f"Layer {layer}: its kernel of shape {shape} takes inputs of shape {expected}, but the "
-        f"statistics are of {saw}. Were they taken from another model, or under jax.vmap without "
-        "summing the mapped axis? If the layer is not a plain Dense or Conv, or ran under nn.scan "
-        "or nn.vmap, pass layers=bnp_optax.linen.layers(model, *inputs)."
-      )
-    merged.append(statistics)
-  return merged
-
-
-def _is_another(layout: KernelLayout, seen: KernelLayout | None) -> bool:
-  """Whether the layer itself saw its kernel otherwise; what is stacked from outside, it cannot."""
-  return seen is not None and (
-    seen != dataclasses.replace(layout, calls=())
-    if seen.ndim == layout.ndim
-    else seen.exact_windows != layout.exact_windows
-  )
-
-
-def _state_leaves(
-  state: ScaleByBnpState, treedef: Any, leaves: list[Any], layers: list[Layer]
-) -> tuple[list[Any], list[Any]]:
-  """The leaves of the state's mean and variance, after a check that they fit the gradients."""
-  mean, variance = _flatten(state.input_mean), _flatten(state.input_variance)
-  expected = {
-    layer.kernel: layer.layout.statistics_shape(leaves[layer.kernel].shape) for layer in layers
-  }
-  for i, layer in ((layer.kernel, layer) for layer in layers):
-    for tree, x in (("input_mean", mean[0][i : i + 1]), ("input_variance", variance[0][i : i + 1])):
-      saw = None if not x or _is_masked(x[0]) else x[0].shape
-      if saw != expected[i]:
-        raise ValueError(
-          f"Layer {layer}: the state's {tree} should be of shape {expected[i]}, found {saw}. The "
-          "state was made for other parameters: call tx.init with these."
-        )
-  if not treedef == mean[1] == variance[1] or any(
-    not _is_masked(x) for i, x in enumerate(mean[0]) if i not in expected
-  ):
-    raise ValueError(
-      "The state was made for other parameters than these gradients: call tx.init with the "
-      f"parameters. The state's structure is {mean[1]}, the gradients' is {treedef}."
-    )
-  return mean[0], variance[0]
-
-
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
-  return jax.tree.flatten(tree, is_leaf=_is_masked)
-
-
-def _is_masked(x: Any) -> bool:
-  return isinstance(x, optax.MaskedNode)
-
-
-def _name(path: Path) -> str:
-  return "/".join(path) or "(the model itself)"
-
-
-def _names(paths: Iterable[Path]) -> str:
-  return ", ".join(_name(path) for path in paths)
-
-
-def _torn(path: Path, here: str, away: str) -> str:
-  return (
-    f"Layer {_name(path)}: its {here} is given to BNP, its {away} is masked out. A layer's kernel "
-    "and bias make up for each other's steps and belong together: mask both or neither."
-  )

@@ -5,8 +5,10 @@ statistics of each layer's inputs beside the layer, with no edit to the model an
 outputs or gradients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 import contextlib
+import contextvars
+import functools
 import inspect
 from typing import Any
 
@@ -16,17 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax import _calls
-from bnp_optax._calls import Call, call_statistics, recording
+from bnp_optax._calls import Call, call_statistics, read
 from bnp_optax._layers import (
   Layers,
-  Observation,
-  flatten,
   make_layers,
   merge_observations,
   observe,
+  split_arrays,
   statistics_name,
 )
-from bnp_optax._statistics import merge_calls
+from bnp_optax._statistics import LayerStatistics, merge_calls
 
 # How to read each layer, by the function that multiplies with its kernel. A subclass that overrides
 # that function and calls it is read once, where it does; one that does not call it is not read.
@@ -43,6 +44,12 @@ _READERS = {
     (recurrent.DenseParams, _calls.dense),
   )
 }
+
+# Layers around one layer, which hand it another kernel than its parameter.
+_WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
+
+# What layers report to: where contexts are nested, the innermost alone.
+_reporter: contextvars.ContextVar[Any] = contextvars.ContextVar("linen", default=None)
 
 
 @contextlib.contextmanager
@@ -92,15 +99,15 @@ def sow_statistics(
     ValueError: while tracing, if a layer's inputs have no rows, are complex, or do not fit `mask`.
   """
 
-  def see(module: nn.Module, call: Call) -> Any:
-    # What is not sown is missed, loudly, when the optimizer asks for it.
+  def see(module: nn.Module, call: Call) -> LayerStatistics | None:
+    # What is not sown is missed, loudly, by an optimizer that has use for it.
     if call.problem:
       return None
     return call_statistics(call, "/".join(module.path), example_axes, mask)
 
   # A mask is a constant of what is traced under it.
   key = (example_axes, exact_windows, None if mask is None else object())
-  with recording(key), nn.intercept_methods(_sow_calls(see, merge_calls, exact_windows)):
+  with _reporting(see, merge_calls, exact_windows, key):
     yield
 
 
@@ -138,7 +145,7 @@ def layers(
     head/kernel             Dense         8x50   4x6x8           6  yes, without bias: not centred
     norm/bias                             8                         passes through
     norm/scale                            8                         passes through
-    5 layers, 656 of 1,072 parameters in their kernels
+    5 layers, 688 of 1,104 parameters
     >>> layers[("attention", "key", "kernel")].output
     (1, 2)
 
@@ -164,30 +171,21 @@ def layers(
     called[(*module.path, call.kernel)] = kind
     return observe(call, kind, jnp.shape(nn.meta.unbox(kernel)))
 
-  leaves, treedef = jax.tree.flatten((init_args, init_kwargs))
-  arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+  arrays, rebuild = split_arrays((init_args, init_kwargs))
 
-  def trace(key: jax.Array, values: list[Any]) -> tuple[Any, Any]:
-    filled = list(leaves)
-    for i, value in zip(arrays, values, strict=True):
-      filled[i] = value
-    args, kwargs = jax.tree.unflatten(treedef, filled)
+  def trace(key: jax.Array, arrays: list[Any]) -> tuple[Any, Any]:
+    args, kwargs = rebuild(arrays)
     variables = dict(nn.meta.unbox(model.init(key, *args, **kwargs)))
     variables.pop("intermediates", None)
-    sow = nn.intercept_methods(_sow_calls(see, merge_observations, exact_windows))
-    with recording(object()), sow:
+    with _reporting(see, merge_observations, exact_windows, object()):
       _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
     return variables.get("params", {}), aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
-  params, seen = jax.eval_shape(trace, key, [leaves[i] for i in arrays])
+  params, seen = jax.eval_shape(trace, key, arrays)
   return make_layers(
-    {path: x.shape for path, x in flatten(params)},
-    {
-      (*path[:-1], x.kernel): x
-      for path, x in flatten(seen, Observation)
-      if isinstance(x, Observation)
-    },
+    params,
+    seen,
     called,
     "its statistics are lost under nn.scan, nn.vmap or nn.RNN: add "
     '"intermediates": 0 to their variable_axes',
@@ -195,10 +193,14 @@ def layers(
   )
 
 
-def _sow_calls(
-  see: Callable[[nn.Module, Call], Any], merge: Callable[[Any, Any], Any], exact_windows: bool
-) -> Callable[..., Any]:
-  """An interceptor that sows ``see(module, call)`` beside each linear layer that is called."""
+@contextlib.contextmanager
+def _reporting(
+  see: Callable[[nn.Module, Call], Any],
+  merge: Callable[[Any, Any], Any],
+  exact_windows: bool,
+  key: Hashable,
+) -> Iterator[None]:
+  """Within this context, ``see(module, call)`` is sown beside each linear layer that is called."""
 
   def interceptor(
     next_fun: Callable[..., Any],
@@ -206,14 +208,25 @@ def _sow_calls(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
   ) -> Any:
-    outputs = next_fun(*args, **kwargs)
-    method: Any = context.orig_method
-    if reader := _READERS.get(method.func):
-      inputs, *rest = inspect.signature(method).bind(*args, **kwargs).arguments.values()
-      for call in reader(context.module, outputs, exact_windows, jnp.asarray(inputs), *rest):
-        seen = see(context.module, call)
-        if seen is not None:
-          context.module.sow(
+    function: Any = getattr(context.orig_method, "func", None)
+    if _reporter.get() is not see or function not in (*_READERS, *_WRAPPERS):
+      return next_fun(*args, **kwargs)
+    module: Any = context.module
+    if function in _WRAPPERS:
+      # What is sown while the wrapper maps the layer's variables is lost: the layer itself stays
+      # silent, and the wrapper reports its inputs.
+      with _calls.recording(_reporter, None, key):
+        outputs = next_fun(*args, **kwargs)
+      module = module.layer_instance
+      function = inspect.unwrap(type(module).__call__)
+      kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+    else:
+      outputs = next_fun(*args, **kwargs)
+    if reader := _READERS.get(function):
+      method = functools.partial(function, module)
+      for call in read(reader, module, exact_windows, outputs, method, args, kwargs):
+        if (seen := see(module, call)) is not None:
+          module.sow(
             "intermediates",
             statistics_name(call.kernel),
             seen,
@@ -222,4 +235,5 @@ def _sow_calls(
           )
     return outputs
 
-  return interceptor
+  with _calls.recording(_reporter, see, key), nn.intercept_methods(interceptor):
+    yield

@@ -343,7 +343,7 @@ def test_lost_under_scan():
   remedy = 'No statistics for block|no LayerStatistics.*mutable=\\["intermediates"\\]'
   with pytest.raises(ValueError, match=remedy):
     update(model, params, x, layers)
-  with pytest.raises(ValueError, match='block/kernel: .*add "intermediates": 0 to their variable'):
+  with pytest.raises(ValueError, match=r'block/kernel: .*add "intermediates": 0 to their variable'):
     bnp_optax.linen.layers(model, x, strict=True)
   assert "NO: its statistics are lost" in str(bnp_optax.linen.layers(model, x))
 

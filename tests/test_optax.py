@@ -25,9 +25,7 @@ OPTIMIZERS = {
       "adamw": optax.adamw(RATE),
       "lion": optax.lion(RATE),
       "rmsprop": optax.rmsprop(RATE),
-      "adafactor": optax.adafactor(RATE),
       "muon": optax.contrib.muon(RATE),
-      "lamb": optax.lamb(RATE),
       "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE)),
     }.items()
   },

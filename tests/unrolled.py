@@ -65,9 +65,7 @@ def step(entries, grads, state, **hyperparameters):
     G_b = None if bias is None else np.asarray(bias)[entry.index].reshape(-1)[entry.outputs]
     if entry.windows is not None:
       # Equations (19) and (20): every entry of the window is a feature of its own.
-      h = np.moveaxis(
-        entry.windows.reshape(-1, *entry.windows.shape[len(window) :]), 0, -2
-      )
+      h = np.moveaxis(entry.windows.reshape(-1, *entry.windows.shape[len(window) :]), 0, -2)
       h = h.reshape(*h.shape[:-2], -1)
       G_w = G_w.reshape(-1, G_w.shape[-1])
     else:
@@ -98,8 +96,10 @@ def relative_error(updates, expected):
     if b is not None:
       actual, right = [*actual, np.ravel(where["bias"])], [*right, np.ravel(b)]
     right = np.concatenate(right)
-    error = np.linalg.norm(np.concatenate(actual) - right) / np.linalg.norm(right)
-    worst = max(worst, error)
+    # A kernel whose gradient is zero has an update of zero.
+    # A kernel whose gradient is zero has an update of zero.
+    error = np.linalg.norm(np.concatenate(actual) - right)
+    worst = max(worst, error / np.linalg.norm(right) if error else 0.0)
   return worst
 
 

@@ -53,7 +53,13 @@ class Checkpoints:
     Returns:
       The epoch after which the state was kept, and the state; 0 and `like` if there is none.
     """
-    kept = [int(path.name) for path in self._place(settings).glob("*") if path.name.isdigit()]
+    kept = []
+    for path in self._place(settings).glob("*"):
+      if path.name.isdigit():
+        kept.append(int(path.name))
+      else:
+        # What a killed run was about to move into place.
+        shutil.rmtree(path)
     kept = [epoch for epoch in kept if epoch <= epochs]
     if not kept:
       return 0, like

@@ -12,7 +12,6 @@ from bnp_optax.experiments.models import MLP
 
 _EPOCHS = {"digits": 15}
 _EPOCHS_ELSEWHERE = 3
-_MAX_SELECTION_EPOCHS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +46,6 @@ class Experiment:
     return self.epochs or _EPOCHS.get(self.dataset, _EPOCHS_ELSEWHERE)
 
   @property
-  def selection_length(self) -> int:
-    """How many epochs the runs have that the learning rates are chosen by."""
-    return min(self.length, _MAX_SELECTION_EPOCHS)
-
-  @property
   def seed_list(self) -> list[int]:
     """The seeds of the runs; seed 0 is that of the runs that choose the learning rate."""
     return list(range(1, self.seeds + 1))
@@ -82,7 +76,7 @@ class Experiment:
     return self._settings("rate", batch_size) | {
       "method": method.name,
       "rates": list(self.rates),
-      "selection_epochs": self.selection_length,
+      "selection_epochs": self.length,
     }
 
   def epoch_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:

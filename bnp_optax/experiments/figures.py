@@ -45,7 +45,7 @@ def draw(experiment: Experiment, gathered: list[Outcome], path: pathlib.Path) ->
   with plt.style.context(_STYLE):
     figure, axes = plt.subplots(
       *(2, columns),
-      figsize=(max(4.5, 3 * columns), 5.2),
+      figsize=(9, 5.2),
       squeeze=False,
       sharex=True,
       sharey="row",
@@ -75,7 +75,7 @@ def draw(experiment: Experiment, gathered: list[Outcome], path: pathlib.Path) ->
       loc="lower left",
       bbox_to_anchor=(-0.03, 1.1),
       bbox_transform=axes[0, 0].transAxes,
-      ncols=min(len(handles), 5),
+      ncols=min(len(handles), 4),
       frameon=False,
     )
     figure.text(
@@ -114,7 +114,7 @@ def _line(axes: Axes, outcome: Outcome, values: np.ndarray, style: str) -> None:
     linewidth=1.6,
   )
   axes.fill_between(
-    epochs, values.min(axis=1), values.max(axis=1), color=method.colour, alpha=0.18, linewidth=0
+    epochs, values.min(axis=1), values.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
   )
 
 

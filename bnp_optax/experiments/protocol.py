@@ -3,9 +3,9 @@
 1. A tenth of the training images, drawn class by class with a fixed seed, is held out: nothing
    trains on it.
 2. The learning rate of each method at each batch size is chosen on the held-out images. Each rate
-   of the grid gets one run from seed 0, as long as the runs it is for, but at most five epochs.
-   Of the rates within one standard error of the best accuracy, the one with the lowest loss wins,
-   because so small a difference in accuracy is chance. A run that diverged loses to every other.
+   of the grid gets one run from seed 0, as long as the runs that the rate is for. Of the rates
+   within one standard error of the best accuracy, the one with the lowest loss wins, because so
+   small a difference in accuracy is chance. A run that diverged loses to every other.
 3. The runs with the chosen rate have the seeds 1, 2, 3, ... and are tested after each epoch.
 4. The time of a training step is measured, all methods in turn.
 
@@ -27,7 +27,7 @@ from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.methods import SGD, Method
 from bnp_optax.experiments.results import Results
 
-HELD_OUT = 0.1
+_HELD_OUT = 0.1
 _SELECTION_SEED = 0
 _SGD_RATE_FOR_TIMING = 0.01
 
@@ -62,7 +62,7 @@ class Run:
     """
     rows = np.arange(len(dataset.y_train))
     fit, held_out = train_test_split(
-      rows, test_size=HELD_OUT, stratify=dataset.y_train, random_state=0
+      rows, test_size=_HELD_OUT, stratify=dataset.y_train, random_state=0
     )
     experiment.check_fits(len(fit))
     self._experiment = experiment
@@ -92,20 +92,11 @@ class Run:
     settings = self._experiment.rate_settings(method, batch_size)
     if records := self._results.find(**settings):
       return records[0]["rate"]
-    rates = self._experiment.rates
-    model = self._network.clone(norm=method.norm)
-    lanes = training.make_lanes([_SELECTION_SEED] * len(rates), rates)
-    state = training.init(model, method, lanes, self._fit.images)
-    diverged = np.zeros(len(rates), bool)
     self._describe(method, batch_size, "choosing the rate")
-    for epoch in range(1, self._experiment.selection_length + 1):
-      state, train_loss = training.train_epoch(
-        *(model, method, batch_size, state, lanes, epoch, *self._fit),
-        on_steps=lambda steps: self._worked(batch_size, len(rates), steps),
-      )
-      diverged |= ~np.isfinite(train_loss)
-    accuracy, loss = training.evaluate(model, state, *self._held_out)
-    diverged |= ~np.isfinite(loss)
+    rates, size = self._experiment.rates, self._experiment.seeds
+    stacks = [rates[start : start + size] for start in range(0, len(rates), size)]
+    tried = [self._try_rates(method, batch_size, stack) for stack in stacks]
+    accuracy, loss, diverged = (np.concatenate(parts) for parts in zip(*tried, strict=True))
     rate = rates[_winner(accuracy, loss, diverged, len(self._held_out.labels))]
     self._results.append(
       settings
@@ -118,6 +109,28 @@ class Run:
       }
     )
     return rate
+
+  def _try_rates(
+    self, method: Method, batch_size: int, rates: tuple[float, ...]
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Accuracy and loss on the held-out images, and whether training diverged, of each rate."""
+    # As many lanes as there are seeds: one compiled program serves here and in `_train`.
+    lanes_count = self._experiment.seeds
+    padded = rates + rates[-1:] * (lanes_count - len(rates))
+    model = self._network.clone(norm=method.norm)
+    lanes = training.make_lanes([_SELECTION_SEED] * lanes_count, padded)
+    state = training.init(model, method, lanes, self._fit.images)
+    diverged = np.zeros(lanes_count, bool)
+    for epoch in range(1, self._experiment.length + 1):
+      state, train_loss = training.train_epoch(
+        *(model, method, batch_size, state, lanes, epoch, *self._fit),
+        on_steps=lambda steps: self._worked(batch_size, steps),
+      )
+      diverged |= ~np.isfinite(train_loss)
+    accuracy, loss = training.evaluate(model, state, *self._held_out)
+    diverged |= ~np.isfinite(loss)
+    tried = slice(len(rates))
+    return accuracy[tried], loss[tried], diverged[tried]
 
   def _train(self, method: Method, batch_size: int, rate: float) -> None:
     settings = self._experiment.epoch_settings(method, batch_size, rate)
@@ -133,7 +146,7 @@ class Run:
       self._describe(method, batch_size, f"epoch {epoch}")
       state, loss = training.train_epoch(
         *(model, method, batch_size, state, lanes, epoch, *self._fit),
-        on_steps=lambda steps: self._worked(batch_size, len(seeds), steps),
+        on_steps=lambda steps: self._worked(batch_size, steps),
       )
       # Killed after the record and before the checkpoint, a run does this epoch once more.
       if epoch > done:
@@ -166,22 +179,18 @@ class Run:
     text = f"{method.label}, batch size {batch_size}, {doing}"
     self._progress.update(self._task, description=text)
 
-  def _worked(self, batch_size: int, lanes: int, steps: int) -> None:
-    self._progress.update(self._task, advance=_work(batch_size, lanes, steps))
+  def _worked(self, batch_size: int, steps: int) -> None:
+    self._progress.update(self._task, advance=_work(batch_size, steps))
 
-  def _work_left(self, method: Method, batch_size: int) -> float:
+  def _work_left(self, method: Method, batch_size: int) -> int:
     experiment = self._experiment
-    steps = len(self._fit.images) // batch_size
-    left = 0.0
-    records = self._results.find(**experiment.rate_settings(method, batch_size))
-    if not records:
-      left += _work(batch_size, len(experiment.rates), steps * experiment.selection_length)
-    done = 0
-    if records:
-      settings = experiment.epoch_settings(method, batch_size, records[0]["rate"])
-      done = len(self._results.find(**settings))
-    epochs = max(0, experiment.length - done)
-    return left + _work(batch_size, experiment.seeds, steps * epochs)
+    epochs = experiment.length
+    if chosen := self._results.find(**experiment.rate_settings(method, batch_size)):
+      settings = experiment.epoch_settings(method, batch_size, chosen[0]["rate"])
+      epochs -= min(epochs, len(self._results.find(**settings)))
+    else:
+      epochs += epochs * -(-len(experiment.rates) // experiment.seeds)
+    return _work(batch_size, epochs * (len(self._fit.images) // batch_size))
 
 
 def _winner(accuracy: np.ndarray, loss: np.ndarray, diverged: np.ndarray, images: int) -> int:
@@ -193,12 +202,12 @@ def _winner(accuracy: np.ndarray, loss: np.ndarray, diverged: np.ndarray, images
   return int(np.argmin(np.where(contenders, loss, np.inf)))
 
 
-def _work(batch_size: int, lanes: int, steps: int) -> float:
+def _work(batch_size: int, steps: int) -> int:
   """What steps cost, as far as the time that is left can be told beforehand.
 
   A step costs something for each image, and something for reading and writing the weights.
   """
-  return steps * lanes * (batch_size + 4)
+  return steps * (batch_size + 4)
 
 
 def _on_device(images: np.ndarray, labels: np.ndarray) -> _Labelled:

@@ -32,7 +32,7 @@ OPTIMIZERS = Experiment(
     methods.BNP_CHAIN_ADAM,
     methods.BNP_ADAM,
   ),
-  rates=(0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+  rates=(0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
   epochs=None,
   seeds=3,
 )

@@ -1,0 +1,215 @@
+"""The canonical form of a kernel, and the mapping and table of layers."""
+
+import math
+import time
+
+import flax.linen as nn
+import hypothesis
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bnp_optax
+from bnp_optax import _layers
+from bnp_optax._layout import KernelLayout
+from tests import unrolled
+
+
+@st.composite
+def layouts(draw):
+  """Any assignment of up to five axes, in any order, and a shape that fits."""
+  kinds = draw(st.lists(st.sampled_from(["stack", "window", "feature", "output"]), max_size=5))
+  groups = draw(st.integers(1, 3))
+  shape = draw(st.lists(st.integers(1, 3), min_size=len(kinds), max_size=len(kinds)))
+  axes = draw(st.permutations(range(len(kinds))))
+  of = {kind: tuple(a for a in axes if kinds[a] == kind) for kind in set(kinds)}
+  fields = ("stack", "window", "feature", "output")
+  layout = KernelLayout(**{k: of.get(k, ()) for k in fields}, groups=groups)
+  if layout.output:
+    shape[layout.output[-1]] *= groups
+  else:
+    layout = KernelLayout(**{k: of.get(k, ()) for k in fields})
+  return layout, tuple(shape)
+
+
+@given(case=layouts(), seed=st.integers(0, 2**32 - 1))
+def test_the_canonical_view_and_back(case, seed):
+  layout, shape = case
+  rng = np.random.default_rng(seed)
+  kernel, bias = rng.normal(size=shape), rng.normal(size=layout.bias_shape(shape))
+  w, b = layout.to_canonical(kernel, bias)
+  stack, window, feature, output = (
+    math.prod(shape[a] for a in axes)
+    for axes in (layout.stack, layout.window, layout.feature, layout.output)
+  )
+  assert w.shape == (stack * layout.groups, window, feature, output // layout.groups)
+  assert b.shape == (stack * layout.groups, output // layout.groups)
+  back = layout.from_canonical(w, b, shape)
+  np.testing.assert_array_equal(back[0], kernel)
+  np.testing.assert_array_equal(back[1], bias)
+
+
+def test_every_entry_lands_where_the_layout_says():
+  layout = KernelLayout(stack=(2,), window=(0,), feature=(3,), output=(1,), groups=2)
+  kernel = np.arange(3 * 4 * 2 * 5).reshape(3, 4, 2, 5)
+  w, _ = layout.to_canonical(kernel, None)
+  for k, o, s, f in np.ndindex(*kernel.shape):
+    assert w[2 * s + o // 2, k, f, o % 2] == kernel[k, o, s, f]
+
+
+def test_stacked():
+  dense = KernelLayout.by_convention(2)
+  assert dense.stacked([1]) == KernelLayout(stack=(1,), feature=(0,), output=(2,))
+  twice = KernelLayout(stack=(0,), feature=(1,), output=(2,)).stacked([0])
+  assert twice == KernelLayout(stack=(0, 1), feature=(2,), output=(3,))
+
+
+def test_statistics_shapes():
+  layout = KernelLayout.by_convention(4)
+  assert layout.statistics_shape((3, 3, 5, 7)) == (5,)
+  exact = KernelLayout(window=(0, 1), feature=(2,), output=(3,), groups=2, exact_windows=True)
+  assert exact.statistics_shape((3, 3, 5, 8)) == (90,)
+
+
+@pytest.mark.parametrize(
+  ("shape", "inner", "outer", "expected"),
+  [
+    ((3, 4), (3, 4), (), ((), ())),
+    ((5, 3, 4), (3, 4), (5,), ((0,), ())),
+    ((3, 5, 4), (3, 4), (5,), ((1,), ())),
+    ((3, 3, 3), (3, 3), (3,), ((0,), ())),  # By default, stacks lead.
+    ((3, 4), (3, 4), (7,), ((), (0,))),
+    ((5, 3, 4), (3, 4), (5, 7), ((0,), (1,))),
+    ((5, 3, 4), (3, 4), (7, 5), ((0,), (0,))),
+    ((2, 5, 3, 4), (3, 4), (2, 5), ((0, 1), ())),
+    ((5, 3, 4), (3, 4), (5, 5), None),  # Which is the scan over time?
+    ((3, 4), (5, 3, 4), (), None),
+    ((5, 3, 4), (3, 4), (), None),
+  ],
+)
+def test_stack_axes(shape, inner, outer, expected):
+  assert _layers._stack_axes(shape, inner, outer) == expected
+
+
+# The mapping and its table.
+
+
+class Everything(nn.Module):
+  """Linear maps, what is none, and a kernel of the user's own."""
+
+  @nn.compact
+  def __call__(self, tokens):
+    x = nn.Embed(9, 4, name="embed")(tokens)
+    x = nn.LayerNorm(name="norm")(x + self.param("position", nn.initializers.zeros, (1, 5, 4)))
+    x = nn.Conv(8, (3,), feature_group_count=4, name="conv")(x)
+    x = nn.Einsum((8, 3), "btd,dk->bk", use_bias=False, name="pool")(x)
+    x = nn.Einsum((3, 3, 2), "bd,dkl->bk", name="odd")(x)
+    return x @ self.param("kernel", nn.initializers.ones, (3, 2))
+
+
+TABLE = """\
+path             kind    shape  inputs  positions  preconditioned
+--------------------------------------------------------------------------------------------------------------------------------------------
+conv/kernel      Conv    3x1x8  2x5x4           5  yes
+embed/embedding          9x4                       passes through
+kernel                   3x2                       NO: no linear layer that BNP knows was called with it: a custom module, or not called
+norm/bias                4                         passes through
+norm/scale               4                         passes through
+odd/bias                 3                         passes through
+odd/kernel       Einsum  3x3x2  2x3             1  NO: in 'bd,dkl->bk' the kernel's axis 'l' is summed alone, so its rows are not defined
+pool/kernel      Einsum  8x3    2x8             1  yes, without bias: not centred
+position                 1x5x4                     passes through
+2 layers, 56 of 147 parameters"""  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def everything():
+  return bnp_optax.linen.layers(Everything(), jax.ShapeDtypeStruct((2, 5), jnp.int32))
+
+
+def test_the_table(everything):
+  lines = [line.rstrip() for line in str(everything).splitlines()]
+  expected = TABLE.splitlines()
+  assert lines[0] == expected[0]
+  assert lines[2:] == expected[2:]
+
+
+def test_strict_names_each_layer_and_why():
+  with pytest.raises(ValueError, match="BNP cannot precondition these layers") as error:
+    bnp_optax.linen.layers(Everything(), jnp.ones((2, 5), jnp.int32), strict=True)
+  assert "  kernel: no linear layer" in str(error.value)
+  assert "  odd/kernel: in 'bd,dkl->bk'" in str(error.value)
+  assert "conv" not in str(error.value)
+
+
+def test_layers_are_an_immutable_hashable_mapping(everything):
+  assert set(everything) == {("conv", "kernel"), ("pool", "kernel")}
+  assert everything["conv", "kernel"].groups == 4
+  same = bnp_optax.linen.layers(Everything(), jnp.ones((2, 5), jnp.int32))
+  assert (same == everything, hash(same) == hash(everything)) == (True, True)
+  with pytest.raises(AttributeError):
+    everything.rows = ()
+  with pytest.raises(TypeError):
+    everything["conv", "kernel"] = KernelLayout()  # pyright: ignore[reportIndexIssue]
+
+
+def test_layers_survive_inject_hyperparams(everything):
+  params = jax.jit(Everything().init)(jax.random.key(0), jnp.ones((2, 5), jnp.int32))["params"]
+  tx = optax.inject_hyperparams(bnp_optax.scale_by_bnp)(decay=0.5, layers=everything)
+  state = tx.init(params)
+  assert set(state.hyperparams) == {"decay", "eps_relative", "eps_absolute"}
+  assert state.inner_state.input_mean["conv"]["kernel"].shape == (4,)
+
+
+def test_layers_of_another_model(everything):
+  with pytest.raises(ValueError, match="None of the kernels that layers= names is in the param"):
+    bnp_optax.scale_by_bnp(layers=everything).init({"params": {"kernel": jnp.ones((3, 2))}})
+  with pytest.raises(ValueError, match="Layer conv: layers= has a layout of 3 axes"):
+    bnp_optax.scale_by_bnp(layers=everything).init({"conv": {"kernel": jnp.ones((3, 2))}})
+
+
+def test_hundreds_of_layers_take_seconds():
+  class Deep(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for _ in range(300):
+        x = nn.Dense(1024)(x)
+      return x
+
+  start = time.perf_counter()
+  layers = bnp_optax.linen.layers(Deep(), jax.ShapeDtypeStruct((8, 1024), jnp.float32))
+  assert len(layers) == 300
+  assert len(str(layers).splitlines()) == 303
+  assert time.perf_counter() - start < 30
+
+
+# Proposition 10.
+
+
+@hypothesis.settings(max_examples=max(3, hypothesis.settings.default.max_examples // 5))
+@given(
+  seed=st.integers(0, 2**32 - 1), half=st.integers(0, 2), size=st.tuples(*[st.integers(5, 8)] * 2)
+)
+def test_proposition_10(seed, half, size):
+  """The mean over the whole map is within the bound of the mean over each window."""
+  (r, s), k, x = size, 2 * half + 1, np.random.default_rng(seed).normal(1, 1, (2, *size, 3))
+  with jax.enable_x64(True):
+    model = nn.Conv(2, (k, k), param_dtype=jnp.float64)
+    stats = {}
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), params)
+    for exact in (False, True):
+      with bnp_optax.linen.sow_statistics(exact_windows=exact):
+        _, aux = model.apply(params, jnp.asarray(x), mutable=["intermediates"])
+      seen = aux["intermediates"]["layer_statistics"]
+      stats[exact] = np.asarray(seen.mean), np.asarray(seen.variance)
+  mean, variance = (s.reshape(k * k, 3) for s in stats[True])
+  rows = unrolled.windows(x, (k, k), (1, 1), (1, 1), [(half, half)] * 2).reshape(k * k, -1, 3)
+  np.testing.assert_allclose(mean, rows.mean(1), rtol=1e-12, atol=1e-13)
+  np.testing.assert_allclose(variance, rows.var(1), rtol=1e-12)
+  bound = (k - 1) * (1 / (2 * r) + 1 / (2 * s) - (k - 1) / (4 * r * s)) * np.abs(x).max((0, 1, 2))
+  assert (np.abs(mean - stats[False][0]) <= bound + 1e-14).all()

@@ -1,0 +1,379 @@
+"""`bnp_optax.nnx`: the same statistics and updates as in Linen, and no trace left behind."""
+
+import concurrent.futures
+import contextlib
+import functools
+
+import chex
+from flax import nnx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bnp_optax
+from bnp_optax.nnx import Statistics, sow_statistics
+from tests import unrolled
+
+N = 3
+KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.LoRA)
+ORIGINALS = [kind.__dict__["__call__"] for kind in KINDS]
+
+
+@pytest.fixture(autouse=True)
+def no_trace_is_left():
+  yield
+  assert [kind.__dict__["__call__"] for kind in KINDS] == ORIGINALS
+
+
+def rngs():
+  return nnx.Rngs(0)
+
+
+def uniform(*shape, seed=0, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).uniform(1, 2, shape), dtype)
+
+
+def loss_fn(model, x, **context):
+  with sow_statistics(**context):
+    y, stats = nnx.capture(model, Statistics)(x)
+  return jnp.sum(jnp.sin(3 * y)) / x.shape[0], stats
+
+
+@functools.partial(nnx.jit, static_argnames="exact_windows")
+def grads_and_stats(model, x, exact_windows=False):
+  grad = nnx.grad(functools.partial(loss_fn, exact_windows=exact_windows), has_aux=True)
+  return grad(model, x)
+
+
+class MLP(nnx.Module):
+  def __init__(self, rngs, dtype=jnp.float32):
+    make = functools.partial(nnx.Linear, rngs=rngs, dtype=dtype, param_dtype=dtype)
+    self.layers = nnx.List([make(5, 4), make(4, 4), make(4, 3)])
+    self.once_more = self.layers[1]
+
+  def __call__(self, x):
+    for layer in (*self.layers[:2], self.once_more):
+      x = nnx.tanh(layer(x))
+    return self.layers[2](x)
+
+
+def statistics(stats, *path):
+  return unrolled.get(stats, path)["layer_statistics"].get_value()
+
+
+# Twins of Linen layers: the same weights, the same data, the same updates.
+
+P = {"param_dtype": jnp.float64}
+TWINS = {
+  "linear": (nn.Dense(4, **P), lambda r: nnx.Linear(5, 4, rngs=r, **P), (N, 2, 5)),
+  "linear_general": (
+    nn.DenseGeneral((2, 3), (-2, -1), **P),
+    lambda r: nnx.LinearGeneral((4, 5), (2, 3), axis=(-2, -1), rngs=r, **P),
+    (N, 2, 4, 5),
+  ),
+  "linear_general_with_batch_axes": (
+    nn.DenseGeneral(4, batch_dims=(0,), use_bias=False, **P),
+    lambda r: nnx.LinearGeneral(5, 4, batch_axis={0: 2}, use_bias=False, rngs=r, **P),
+    (2, N, 5),
+  ),
+  "einsum": (
+    nn.Einsum((2, 5, 4), "btd,hdk->bthk", **P),
+    lambda r: nnx.Einsum("btd,hdk->bthk", (2, 5, 4), (2, 4), rngs=r, **P),
+    (N, 3, 5),
+  ),
+  "conv": (
+    nn.Conv(4, (3, 2), strides=2, kernel_dilation=(1, 2), **P),
+    lambda r: nnx.Conv(3, 4, (3, 2), strides=2, kernel_dilation=(1, 2), rngs=r, **P),
+    (N, 6, 5, 3),
+  ),
+  "exact_conv": (
+    nn.Conv(4, (3,), padding="CIRCULAR", feature_group_count=2, **P),
+    lambda r: nnx.Conv(4, 4, (3,), padding="CIRCULAR", feature_group_count=2, rngs=r, **P),
+    (N, 6, 4),
+  ),
+  "depthwise": (
+    nn.Conv(4, (3, 3), feature_group_count=4, **P),
+    lambda r: nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=r, **P),
+    (N, 4, 4, 4),
+  ),
+  "conv_transpose": (
+    nn.ConvTranspose(4, (3,), (2,), transpose_kernel=True, **P),
+    lambda r: nnx.ConvTranspose(3, 4, (3,), 2, transpose_kernel=True, rngs=r, **P),
+    (N, 5, 3),
+  ),
+  "attention": (
+    nn.MultiHeadDotProductAttention(2, qkv_features=4, **P),
+    lambda r: nnx.MultiHeadAttention(2, 3, 4, decode=False, rngs=r, **P),
+    (N, 4, 3),
+  ),
+  "recurrent": (
+    nn.RNN(nn.SimpleCell(4, **P), variable_axes={"intermediates": 0}),
+    lambda r: rnn(nnx.SimpleCell(3, 4, rngs=r, dtype=jnp.float64, **P)),
+    (N, 4, 3),
+  ),
+}
+
+
+def rnn(cell):
+  return nnx.RNN(cell, state_axes=nnx.StateAxes({Statistics: 0, ...: nnx.Carry}))
+
+
+def as_in_linen(state):
+  """The parameters as dictionaries, with Linen's names."""
+  names = {"dense_i": "i", "dense_h": "h"}
+  rename = lambda tree: (
+    {names.get(k, k): rename(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+  )
+  return rename(nnx.to_pure_dict(state))
+
+
+def update(layers, params, grads, stats):
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  return jax.jit(lambda g, s, stats: tx.update(g, s, stats=stats)[0])(grads, tx.init(params), stats)
+
+
+@pytest.mark.parametrize("kind", TWINS)
+def test_twins(kind):
+  exact = kind.startswith("exact")
+  promotion = jax.numpy_dtype_promotion("standard" if kind == "attention" else "strict")
+  with jax.enable_x64(True), promotion:
+    linen, make, shape = TWINS[kind]
+    model, x = make(nnx.Rngs(0)), uniform(*shape, dtype=jnp.float64)
+    params = as_in_linen(nnx.state(model, nnx.Param))
+
+    def linen_loss(params):
+      with bnp_optax.linen.sow_statistics(exact_windows=exact):
+        y, aux = linen.apply({"params": params}, x, mutable=["intermediates"])
+      return jnp.sum(jnp.sin(3 * y)) / shape[0], aux["intermediates"]
+
+    grads, stats = jax.jit(jax.grad(linen_loss, has_aux=True))(params)
+    layers = bnp_optax.linen.layers(linen, x, strict=True, exact_windows=exact)
+    expected = update(layers, params, grads, stats)
+
+    grads, stats = grads_and_stats(model, x, exact_windows=exact)
+    layers = bnp_optax.nnx.layers(model, x, strict=True, exact_windows=exact)
+    actual = as_in_linen(update(layers, nnx.state(model, nnx.Param), grads, stats))
+    difference = optax.tree.norm(optax.tree.sub(actual, expected)) / optax.tree.norm(expected)
+    # NNX's attention computes its softmax in float32.
+    assert difference <= (1e-5 if kind == "attention" else 1e-12)
+
+
+def test_lora():
+  """Two linear maps after each other, beside the one that they adapt."""
+  with jax.enable_x64(True):
+    model = nnx.LoRALinear(5, 4, lora_rank=2, rngs=rngs(), lora_param_dtype=jnp.float64, **P)
+    model.lora.lora_b[...] = uniform(2, 4, dtype=jnp.float64)
+    x = uniform(N, 5, dtype=jnp.float64)
+    grads, stats = nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.Param), has_aux=True)(model, x)
+    layers = bnp_optax.nnx.layers(model, x, strict=True)
+    updates = nnx.to_pure_dict(update(layers, nnx.state(model, nnx.Param), grads, stats))
+    hidden = np.asarray(x) @ np.asarray(model.lora.lora_a[...])
+    entries = [
+      unrolled.Entry((), np.asarray(x)),
+      unrolled.Entry(("lora",), np.asarray(x), kernel="lora_a"),
+      unrolled.Entry(("lora",), hidden, kernel="lora_b"),
+    ]
+    grads = jax.tree.map(np.asarray, nnx.to_pure_dict(grads))
+    expected = unrolled.step(entries, grads, {})
+    assert set(expected) == set(layers)
+    assert unrolled.relative_error(updates, expected) <= 1e-12
+
+
+# It changes nothing.
+
+
+def test_outputs_and_gradients_are_the_same():
+  model, x = MLP(rngs()), uniform(N, 5)
+  plain = lambda model, x: jnp.sum(jnp.sin(3 * model(x))) / x.shape[0]
+  loss, grads = nnx.jit(nnx.value_and_grad(plain))(model, x)
+  (sown_loss, _), sown_grads = nnx.jit(nnx.value_and_grad(loss_fn, has_aux=True))(model, x)
+  chex.assert_trees_all_equal((loss, nnx.as_pure(grads)), (sown_loss, nnx.as_pure(sown_grads)))
+  assert not hasattr(model.layers[0], "__captures__")
+
+
+def test_the_second_call_traces_nothing():
+  model, x, traces = MLP(rngs()), uniform(N, 5), []
+  optimizer = nnx.Optimizer(model, bnp_optax.bnp(optax.sgd(0.1, 0.9)), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer, x):
+    traces.append(None)
+    grads, stats = nnx.grad(loss_fn, has_aux=True)(model, x)
+    optimizer.update(model, grads, stats=stats)
+
+  for i in range(3):
+    step(model, optimizer, x + i)
+  assert len(traces) == 1
+  assert optimizer.opt_state.statistics.count[...] == 3
+
+
+def test_shared_modules_and_lists():
+  model, x = MLP(rngs()), uniform(N, 5)
+  _, stats = grads_and_stats(model, x)
+  first, shared = statistics(stats, "layers", 0), statistics(stats, "layers", 1)
+  np.testing.assert_allclose(first.mean, np.mean(x, 0), rtol=1e-6)
+  assert (first.rows, first.examples, shared.rows, shared.examples) == (N, N, 2 * N, N)
+  optimizer = nnx.Optimizer(model, bnp_optax.scale_by_bnp(), wrt=nnx.Param)
+  grads, stats = grads_and_stats(model, x)
+  optimizer.update(model, grads, stats=stats)
+  mean = optimizer.opt_state.input_mean["layers"]
+  np.testing.assert_allclose(mean[0]["kernel"][...], 0.01 * np.mean(x, 0), rtol=1e-5)
+
+
+def test_functional_style():
+  model, x = MLP(rngs()), uniform(N, 5)
+  graphdef, params = nnx.split(model)
+  tx = bnp_optax.scale_by_bnp()
+
+  @jax.jit
+  def step(params, state, x):
+    loss = lambda params: loss_fn(nnx.merge(graphdef, params), x)
+    grads, stats = jax.grad(loss, has_aux=True)(params)
+    return tx.update(grads, state, params, stats=stats)
+
+  updates, _ = step(params, tx.init(params), x)
+  grads, stats = grads_and_stats(model, x)
+  expected = update(None, params, grads, stats)
+  chex.assert_trees_all_close(nnx.as_pure(updates), nnx.as_pure(expected), rtol=1e-4)
+
+
+# Transformations.
+
+
+class Stack(nnx.Module):
+  """Layers under nnx.scan, as many as they are wide; or a scan over time."""
+
+  def __init__(self, rngs, *, remat=False):
+    make = nnx.split_rngs(splits=4)(nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs)))
+    self.blocks = make(rngs)
+    self.remat = remat
+
+  def __call__(self, x):
+    run = lambda x, block: nnx.tanh(block(x))
+    run = nnx.remat(run) if self.remat else run
+    return nnx.scan(run, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers(remat):
+  model, x = Stack(rngs(), remat=remat), uniform(N, 4)
+  grads, stats = grads_and_stats(model, x)
+  layers = bnp_optax.nnx.layers(model, x, strict=True)
+  assert layers["blocks", "kernel"].stack == (0,)
+  updates = nnx.to_pure_dict(update(layers, nnx.state(model), grads, stats))
+  params, grads = (nnx.to_pure_dict(t)["blocks"] for t in (nnx.state(model), grads))
+  entries, h = [], np.asarray(x)
+  for i in range(4):
+    entries.append(unrolled.Entry(("blocks",), h, index=(i,)))
+    h = np.tanh(h @ np.asarray(params["kernel"][i]) + np.asarray(params["bias"][i]))
+  expected = unrolled.step(entries, {"blocks": jax.tree.map(np.asarray, grads)}, {})
+  assert unrolled.relative_error(updates, expected) <= 1e-5
+  no_bias = {"blocks": {"kernel": params["kernel"]}}
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match=r"under nn.scan.*layers="):
+    tx.update(no_bias, tx.init(no_bias), stats=stats)
+
+
+def test_vmap_over_examples():
+  """Statistics of examples mapped by vmap are summed by the user."""
+  model, x = MLP(rngs()), uniform(N, 5)
+  with sow_statistics():
+    one = lambda model, x: nnx.capture(model, Statistics)(x[None])
+    _, stats = nnx.vmap(one, in_axes=(None, 0))(model, x)
+  stats = jax.tree.map(lambda s: jnp.sum(s, 0), stats)
+  _, expected = grads_and_stats(model, x)
+  a, b = statistics(stats, "layers", 0), statistics(expected, "layers", 0)
+  np.testing.assert_allclose((a.mean, a.variance), (b.mean, b.variance), rtol=1e-4)
+  assert (a.rows, a.examples) == (N, N)
+
+
+# Ways to lose statistics.
+
+
+def test_without_capture():
+  model, x = MLP(rngs()), uniform(N, 5)
+  with pytest.raises(ValueError, match=r"nnx.capture\(model, bnp_optax.nnx.Statistics\)"):
+    nnx.jit(lambda model, x: loss_fn_without(model, x))(model, x)
+  with sow_statistics(), pytest.raises(ValueError, match="nobody captures what it sees"):
+    nnx.capture(model, nnx.Intermediate)(x)
+
+
+def loss_fn_without(model, x):
+  with sow_statistics():
+    return jnp.sum(model(x))
+
+
+def test_without_context():
+  model, x = MLP(rngs()), uniform(N, 5)
+  _, stats = nnx.capture(model, Statistics)(x)
+  tx = bnp_optax.scale_by_bnp()
+  params = nnx.state(model)
+  with pytest.raises(ValueError, match="no LayerStatistics"):
+    tx.update(params, tx.init(params), stats=stats)
+
+
+def test_a_function_traced_before_without_the_context():
+  model, x = MLP(rngs()), uniform(N, 5)
+  forward = nnx.jit(lambda model, x: nnx.capture(model, Statistics)(x)[1])
+  assert not jax.tree.leaves(forward(model, x))
+  with sow_statistics():
+    assert jax.tree.leaves(forward(model, x))
+
+
+def test_layers_of_a_model_that_holds_no_arrays():
+  abstract = nnx.eval_shape(lambda: MLP(nnx.Rngs(0)))
+  layers = bnp_optax.nnx.layers(abstract, jax.ShapeDtypeStruct((N, 5), jnp.float32))
+  assert layers == bnp_optax.nnx.layers(MLP(rngs()), uniform(N, 5))
+  assert set(layers) == {("layers", str(i), "kernel") for i in range(3)}
+
+
+# Threads, exceptions, nesting.
+
+
+def test_nothing_is_left_after_an_exception():
+  class Failing(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(5, 4, rngs=rngs)
+
+    def __call__(self, x):
+      self.layer(x)
+      raise RuntimeError("on purpose")
+
+  model = Failing(rngs())
+  with contextlib.suppress(RuntimeError):
+    loss_fn(model, uniform(N, 5))
+  assert [kind.__dict__["__call__"] for kind in KINDS] == ORIGINALS
+  with pytest.raises(RuntimeError, match="on purpose"):
+    bnp_optax.nnx.layers(model, uniform(N, 5))
+
+
+def test_nested_contexts():
+  model, x = MLP(rngs()), uniform(N, 2, 5)
+  with sow_statistics():
+    (_, inner) = loss_fn(model, x, example_axes=2)
+    _, outer = nnx.capture(model, Statistics)(x)
+  assert statistics(inner, "layers", 0).examples == 2 * N
+  assert statistics(outer, "layers", 0).examples == N
+
+
+def test_threads():
+  """Sixteen threads trace different models at once, one in two of them without statistics."""
+
+  def work(i):
+    model, x = nnx.Linear(2 + i, 3, rngs=rngs()), uniform(2 + i, 2 + i)
+    for _ in range(5):
+      if i % 2:
+        assert nnx.eval_shape(lambda model, x: model(x), model, x).shape == (2 + i, 3)
+      else:
+        with sow_statistics():
+          run = lambda model, x: nnx.capture(model, Statistics)(x)
+          _, stats = nnx.eval_shape(run, model, x)
+        assert stats["layer_statistics"].get_value().total.shape == (2 + i,)
+        assert len(bnp_optax.nnx.layers(model, x)) == 1
+    return i
+
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    assert list(pool.map(work, range(16))) == list(range(16))
