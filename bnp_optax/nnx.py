@@ -199,8 +199,17 @@ def _reporting(
   key: Hashable,
 ) -> Iterator[None]:
   """Within this context, ``see(module, call)`` is sown beside each linear layer that is called."""
+  owners: dict[int, tuple[Any, nnx.Module]] = {}
 
   def report(module: nnx.Module, call: Call) -> None:
+    kernel = getattr(module, call.kernel)
+    # The kernel is kept beside its owner, so that its id is nobody else's.
+    _, owner = owners.setdefault(id(kernel), (kernel, module))
+    if owner is not module:
+      raise ValueError(
+        f"Layer {_describe(module, call)} shares its {call.kernel} with another module, and what "
+        "the two see would be taken for one's alone: share the module instead of the Param."
+      )
     if not any(type(captured) is Statistics for captured in getattr(module, "__captures__", ())):
       raise ValueError(
         f"Layer {_describe(module, call)} is called within sow_statistics, but nobody captures "

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 # The budget of a test run. By hand: pytest --hypothesis-profile=thorough --hypothesis-seed=0
-hypothesis.settings.register_profile("default", max_examples=15, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("default", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile(
   "thorough", max_examples=500, deadline=None, phases=[hypothesis.Phase.generate]
 )

@@ -135,11 +135,65 @@ def update(layers, params, grads, stats):
   return jax.jit(lambda g, s, stats: tx.update(g, s, stats=stats)[0])(grads, tx.init(params), stats)
 
 
+class LinenCNN(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(4, (3, 3), strides=2, name="first", **P)(x))
+    x = nn.relu(nn.Conv(4, (3, 3), use_bias=False, name="second", **P)(x))
+    return nn.Dense(3, name="head", **P)(x.reshape(len(x), -1))
+
+
+class CNN(nnx.Module):
+  def __init__(self, rngs):
+    self.first = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs, **P)
+    self.second = nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=rngs, **P)
+    self.head = nnx.Linear(16, 3, rngs=rngs, **P)
+
+  def __call__(self, x):
+    x = nnx.relu(self.second(nnx.relu(self.first(x))))
+    return self.head(x.reshape(len(x), -1))
+
+
+class LinenTransformer(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4, name="embed", **P)(x)
+    h = nn.LayerNorm(name="before_attention", **P)(x)
+    x = x + nn.MultiHeadDotProductAttention(2, name="attention", **P)(h)
+    h = nn.LayerNorm(name="before_mlp", **P)(x)
+    x = x + nn.Dense(4, name="down", **P)(nn.gelu(nn.Dense(8, name="up", **P)(h)))
+    return nn.Dense(3, name="head", **P)(x.mean(axis=1))
+
+
+class Transformer(nnx.Module):
+  def __init__(self, rngs):
+    self.embed = nnx.Linear(3, 4, rngs=rngs, **P)
+    self.before_attention = nnx.LayerNorm(4, rngs=rngs, **P)
+    self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs, **P)
+    self.before_mlp = nnx.LayerNorm(4, rngs=rngs, **P)
+    self.up = nnx.Linear(4, 8, rngs=rngs, **P)
+    self.down = nnx.Linear(8, 4, rngs=rngs, **P)
+    self.head = nnx.Linear(4, 3, rngs=rngs, **P)
+
+  def __call__(self, x):
+    x = self.embed(x)
+    x = x + self.attention(self.before_attention(x))
+    x = x + self.down(nnx.gelu(self.up(self.before_mlp(x))))
+    return self.head(x.mean(axis=1))
+
+
+TWINS |= {
+  "cnn": (LinenCNN(), CNN, (N, 4, 4, 3)),
+  "transformer": (LinenTransformer(), Transformer, (N, 4, 3)),
+}
+SOFTMAX_IN_FLOAT32 = ("attention", "transformer")
+
+
 @pytest.mark.parametrize("kind", TWINS)
 def test_twins(kind):
   exact = kind.startswith("exact")
-  promotion = jax.numpy_dtype_promotion("standard" if kind == "attention" else "strict")
-  with jax.enable_x64(True), promotion:
+  promotion = "standard" if kind in SOFTMAX_IN_FLOAT32 else "strict"
+  with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
     linen, make, shape = TWINS[kind]
     model, x = make(nnx.Rngs(0)), uniform(*shape, dtype=jnp.float64)
     params = as_in_linen(nnx.state(model, nnx.Param))
@@ -157,8 +211,20 @@ def test_twins(kind):
     layers = bnp_optax.nnx.layers(model, x, strict=True, exact_windows=exact)
     actual = as_in_linen(update(layers, nnx.state(model, nnx.Param), grads, stats))
     difference = optax.tree.norm(optax.tree.sub(actual, expected)) / optax.tree.norm(expected)
-    # NNX's attention computes its softmax in float32.
-    assert difference <= (1e-5 if kind == "attention" else 1e-12)
+    assert difference <= (1e-5 if kind in SOFTMAX_IN_FLOAT32 else 1e-12)
+
+
+def test_a_param_shared_by_two_modules_is_refused():
+  class Tied(nnx.Module):
+    def __init__(self, rngs):
+      self.a, self.b = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+      self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+      return self.b(self.a(x))
+
+  with pytest.raises(ValueError, match=r"Linear .* shares its kernel with another module"):
+    jax.eval_shape(lambda x: loss_fn(Tied(rngs()), x), uniform(N, 4))
 
 
 def test_lora():
