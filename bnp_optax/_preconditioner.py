@@ -81,7 +81,7 @@ def apply(
   d_w = z_w * (1 / (p.sigma * p.q))[..., None]
   if z_b is None:
     return d_w, None
-  return d_w, z_b / p.q[..., 0] - jnp.sum(p.mu[..., None] * d_w, axis=(1, 2))
+  return d_w, z_b / p.q[..., 0] - _mean_output(p, d_w)
 
 
 def apply_inverse(
@@ -91,7 +91,7 @@ def apply_inverse(
   z_w = w * (p.sigma * p.q)[..., None]
   if b is None:
     return z_w, None
-  return z_w, p.q[..., 0] * (b + jnp.sum(p.mu[..., None] * w, axis=(1, 2)))
+  return z_w, p.q[..., 0] * (b + _mean_output(p, w))
 
 
 def precondition(
@@ -99,3 +99,9 @@ def precondition(
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P P^T``: steps 4 and 5. The second uses the ``G_w`` that the first has updated."""
   return apply(p, *apply_transpose(p, g_w, g_b))
+
+
+def _mean_output(p: Preconditioner, w: jax.Array) -> jax.Array:
+  """``sum mu w`` over window and features: what the weights make of the mean input."""
+  mu = jnp.broadcast_to(p.mu, w.shape[:-1])
+  return jnp.einsum("swf,swfo->so", mu, w, precision=jax.lax.Precision.HIGHEST)

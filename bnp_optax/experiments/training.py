@@ -88,6 +88,67 @@ def epoch_order(seeds: jax.Array, epoch: int, count: int) -> jax.Array:
   return jax.vmap(lane)(seeds)
 
 
+def take_steps(
+  model: nn.Module,
+  method: Method,
+  batch_size: int,
+  state: LaneState,
+  rate: jax.Array,
+  order: jax.Array,
+  first: int,
+  last: int,
+  images: jax.Array,
+  labels: jax.Array,
+) -> tuple[LaneState, jax.Array]:
+  """Takes the steps `first` to `last` (excluded) of an epoch of one run, a stack of none.
+
+  The bounds are traced, so that any number of steps runs in one compiled program; the images are
+  arguments, because the compiler would take long over images that the program closes over.
+
+  Args:
+    model: The network, with the method's norm.
+    method: What to train it with.
+    batch_size: Images in a step.
+    state: The run; without the axis of the lanes.
+    rate: Its learning rate.
+    order: Its order of the images, `[images]`.
+    first: First step to take.
+    last: First step not to take.
+    images: The training images, uint8.
+    labels: Their labels.
+
+  Returns:
+    The run after these steps, and the sum over the steps of its training loss.
+  """
+  optimizer = optax.with_extra_args_support(method.optimizer(rate))
+
+  def step(number: jax.Array, carry: tuple[LaneState, jax.Array]) -> tuple[LaneState, jax.Array]:
+    (params, model_state, opt_state), loss_sum = carry
+    rows = jax.lax.dynamic_slice(order, (number * batch_size,), (batch_size,))
+    targets = labels[rows].astype(jnp.int32)
+
+    def loss_fn(params: Tree) -> tuple[jax.Array, dict]:
+      # Every method's loop reports the statistics: where none reads them, the compiler
+      # leaves them out.
+      with bnp_optax.linen.sow_statistics():
+        logits, variables = model.apply(
+          {"params": params, **model_state},
+          _scale(images[rows]),
+          train=True,
+          mutable=["intermediates", *model_state],
+        )
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+      return losses.mean(), dict(variables)
+
+    (loss, variables), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    stats = variables.pop("intermediates")
+    updates, opt_state = optimizer.update(grads, opt_state, params, stats=stats)
+    params = optax.apply_updates(params, updates)
+    return LaneState(params, variables, opt_state), loss_sum + loss
+
+  return jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
+
+
 @functools.partial(
   jax.jit, static_argnames=("model", "method", "batch_size"), donate_argnames="state"
 )
@@ -103,55 +164,10 @@ def advance(
   images: jax.Array,
   labels: jax.Array,
 ) -> tuple[LaneState, jax.Array]:
-  """Takes the steps `first` to `last` (excluded) of an epoch.
-
-  The bounds are traced, so that any number of steps runs in one compiled program; the images are
-  arguments, because the compiler would take long over images that the program closes over.
-
-  Args:
-    model: The network, with the method's norm.
-    method: What to train it with.
-    batch_size: Images in a step.
-    state: The lanes; its buffers are given away.
-    rates: Their learning rates.
-    order: Their order of the images, `[lanes, images]`.
-    first: First step to take.
-    last: First step not to take.
-    images: The training images, uint8.
-    labels: Their labels.
-
-  Returns:
-    The lanes after these steps, and the sum over the steps of the training loss of each lane.
-  """
+  """`take_steps` for a stack of lanes, whose buffers are given away; all lanes see all images."""
 
   def lane(state: LaneState, rate: jax.Array, order: jax.Array) -> tuple[LaneState, jax.Array]:
-    optimizer = optax.with_extra_args_support(method.optimizer(rate))
-
-    def step(number: jax.Array, carry: tuple[LaneState, jax.Array]) -> tuple[LaneState, jax.Array]:
-      (params, model_state, opt_state), loss_sum = carry
-      rows = jax.lax.dynamic_slice(order, (number * batch_size,), (batch_size,))
-      targets = labels[rows].astype(jnp.int32)
-
-      def loss_fn(params: Tree) -> tuple[jax.Array, dict]:
-        # Every method's loop reports the statistics: where none reads them, the compiler
-        # leaves them out.
-        with bnp_optax.linen.sow_statistics():
-          logits, variables = model.apply(
-            {"params": params, **model_state},
-            _scale(images[rows]),
-            train=True,
-            mutable=["intermediates", *model_state],
-          )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return losses.mean(), dict(variables)
-
-      (loss, variables), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-      stats = variables.pop("intermediates")
-      updates, opt_state = optimizer.update(grads, opt_state, params, stats=stats)
-      params = optax.apply_updates(params, updates)
-      return LaneState(params, variables, opt_state), loss_sum + loss
-
-    return jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
+    return take_steps(model, method, batch_size, state, rate, order, first, last, images, labels)
 
   return jax.vmap(lane)(state, rates, order)
 
