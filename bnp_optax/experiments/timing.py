@@ -10,7 +10,7 @@ from bnp_optax.experiments import training
 from bnp_optax.experiments.methods import Method
 from bnp_optax.experiments.models import MLP
 
-_ROUNDS = 11
+_ROUNDS = 25
 _SECONDS_A_SAMPLE = 0.05
 _MAX_STEPS = 5000
 
