@@ -4,7 +4,7 @@ import itertools
 import math
 
 import flax.linen as nn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,7 @@ def test_equals_the_paper_in_float32(problem):
   check(problem, jnp.float32, 1e-5)
 
 
+@settings(max_examples=settings.default.max_examples // 2)
 @given(problem=problems(mean=3.0))
 def test_equals_the_explicit_matrix(problem):
   with jax.enable_x64(True):
