@@ -40,13 +40,14 @@ def update_statistics(
   mu_H: jax.Array,
   sigma2_H: jax.Array,
   rows: jax.Array,
-  rho: jax.Array,
+  one_minus_rho: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Step 2: the running mean and variance after a batch with ``mu_H``, ``sigma2_H``, ``rows``."""
-  mu = rho * mu + (1 - rho) * mu_H
+  # rho mu + (1 - rho) mu_H, but rounded once: a large mean must be known to its last digits.
+  mu = mu + one_minus_rho * (mu_H - mu)
   # One row has no variance of its own: the paper takes it about the running mean.
   sigma2_H = jnp.where(rows == 1, sigma2_H + (mu_H - mu) ** 2, sigma2_H)
-  return mu, rho * sigma2 + (1 - rho) * sigma2_H
+  return mu, sigma2 + one_minus_rho * (sigma2_H - sigma2)
 
 
 def preconditioner(

@@ -202,7 +202,10 @@ def advance_statistics(
     shape = leaves[layer.kernel].shape
     mu, sigma2 = mean[layer.kernel], variance[layer.kernel]
     dtype = mu.dtype
-    rho, eps_1, eps_2 = (jnp.asarray(x, dtype) for x in (decay, eps_relative, eps_absolute))
+    # 1 - decay is taken before it is rounded: of 0.99 in float32, 1 % has lost a digit.
+    one_minus_rho, eps_1, eps_2 = (
+      jnp.asarray(x, dtype) for x in (1 - decay, eps_relative, eps_absolute)
+    )
     statistics = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), statistics)
     rows, examples = statistics.rows[..., None], jnp.maximum(statistics.examples, 1)[..., None]
 
@@ -211,7 +214,9 @@ def advance_statistics(
       mu_H, sigma2_H, rows_H = jnp.zeros_like(mu), statistics.mean_square, jnp.zeros_like(rows)
     else:
       mu_H, sigma2_H, rows_H = statistics.mean, statistics.variance, rows
-    new_mu, new_sigma2 = _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows_H, rho)
+    new_mu, new_sigma2 = _preconditioner.update_statistics(
+      mu, sigma2, mu_H, sigma2_H, rows_H, one_minus_rho
+    )
 
     finite = jnp.all(jnp.isfinite(new_mu) & jnp.isfinite(new_sigma2), axis=-1, keepdims=True)
     nonfinite += jnp.sum(~finite, dtype=jnp.int32)

@@ -10,6 +10,9 @@ import hypothesis
 import jax
 import pytest
 
+# Most tests compile much and compute little; those of exactness ask for `optimized` programs.
+jax.config.update("jax_disable_most_optimizations", True)
+
 # The budget of a test run. By hand: pytest --hypothesis-profile=thorough --hypothesis-seed=0
 hypothesis.settings.register_profile("default", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile(
@@ -23,6 +26,14 @@ def strict_promotion():
   """No dtype and no rank is promoted unseen, in tests; examples in docstrings run as users do."""
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     yield
+
+
+@pytest.fixture(scope="module")
+def optimized():
+  """Compiles as users do, with all of XLA's optimizations."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

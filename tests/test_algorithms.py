@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import bnp_optax
 from tests import oracle
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 STEPS = 20
 

@@ -13,6 +13,8 @@ import bnp_optax
 from bnp_optax.linen import sow_statistics
 from tests import problems
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def see(model, params, *args, context=None, **kwargs):
   """The intermediates of one jitted forward pass with statistics."""

@@ -7,6 +7,8 @@ import pytest
 
 from bnp_optax import _statistics
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def see(h, **kwargs):
   rows = int(np.prod(h.shape[:-1]))
