@@ -26,7 +26,7 @@ def perform(experiment: Experiment, folder: pathlib.Path) -> None:
   experiment.check()
   dataset = data.load(experiment.dataset)
   console = Console()
-  with open_results(folder, sys.argv) as results:
+  with open_results(folder, ["bnp-optax", *sys.argv[1:]]) as results:
     checkpoints = Checkpoints(folder / "checkpoints")
     progress = Progress(
       TextColumn("{task.description}"),
