@@ -182,10 +182,9 @@ def train_epoch(
   images: jax.Array,
   labels: jax.Array,
   *,
-  max_steps: int | None = None,
   on_steps: Callable[[int], None],
 ) -> tuple[LaneState, np.ndarray]:
-  """Trains for one epoch, or for its first `max_steps` steps.
+  """Trains for one epoch.
 
   Images that do not fill a last batch are left out of this epoch.
 
@@ -198,15 +197,12 @@ def train_epoch(
     epoch: Number of the epoch, from 1.
     images: The training images, uint8.
     labels: Their labels.
-    max_steps: Where to stop short.
     on_steps: Called every now and then, with the number of steps taken since.
 
   Returns:
     The lanes after the epoch, and the mean over its steps of the training loss of each lane.
   """
   steps = len(images) // batch_size
-  if max_steps is not None:
-    steps = min(steps, max_steps)
   order = epoch_order(lanes.seeds, epoch, len(images))
   stride = max(1, _IMAGES_A_CALL // (batch_size * len(lanes.seeds)))
   loss_sum = np.zeros(len(lanes.seeds))
