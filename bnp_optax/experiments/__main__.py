@@ -1,14 +1,18 @@
 """The command line, `bnp-optax`."""
 
+from collections.abc import Collection
 import dataclasses
 import pathlib
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from bnp_optax.experiments.errors import ExperimentError, UsageError
+
+if TYPE_CHECKING:
+  from bnp_optax.experiments.experiment import Experiment
 
 
 def _option(metavar: str) -> Any:
@@ -19,7 +23,7 @@ def main() -> int:
   """Runs the command line, and returns the status to exit with."""
   try:
     tyro.extras.subcommand_cli_from_dict(
-      {"run": _run, "list": _list},
+      {"run": _run, "figure": _figure, "report": _report, "list": _list},
       prog="bnp-optax",
       description="Experiments with Batch Normalization Preconditioning.",
     )
@@ -38,48 +42,90 @@ def _list() -> None:
   from bnp_optax.experiments.registry import EXPERIMENTS
 
   for experiment in EXPERIMENTS.values():
-    print(f"{experiment.name:12} {experiment.title}")
+    print(f"{experiment.name:16} {experiment.title}")
 
 
-def _run(
-  experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")],
-  dataset: Annotated[str | None, _option("NAME")] = None,
-  epochs: Annotated[int | None, _option("INT")] = None,
-  seeds: Annotated[int | None, _option("INT")] = None,
-  batch_sizes: Annotated[tuple[int, ...] | None, _option("INT ...")] = None,
-  methods: Annotated[tuple[str, ...] | None, _option("NAME ...")] = None,
-  out: Annotated[pathlib.Path | None, _option("FOLDER")] = None,
-) -> None:
-  """Runs an experiment, or goes on with one that was stopped, and shows its table and picture.
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+  """Which experiment; what is not given is as the experiment has it at its scale.
 
-  What is not given is as the experiment has it.
-
-  Args:
+  Attributes:
     experiment: Its name; `bnp-optax list` shows them all.
+    scale: smoke (seconds), laptop (minutes to an hour on two CPU cores), or paper.
     dataset: digits, mnist, fashion_mnist, cifar10 or cifar100.
     epochs: How long to train. By itself, 15 epochs on the digits and 3 on the others.
     seeds: How many runs of each method.
     batch_sizes: The batch sizes to compare at.
     methods: The methods to compare, such as sgd, batchnorm, layernorm, bnp.
-    out: Folder of the results. By itself, bnp_optax_results/EXPERIMENT-DATASET.
+    out: Folder of the results. By itself, bnp_optax_results/EXPERIMENT-DATASET-SCALE.
   """
-  from bnp_optax.experiments.methods import METHODS
-  from bnp_optax.experiments.registry import EXPERIMENTS
 
-  for name, known in [(experiment, EXPERIMENTS), *((name, METHODS) for name in methods or ())]:
-    if name not in known:
-      raise UsageError(f"there is no {name!r}: choose from {', '.join(known)}")
-  changes: dict[str, Any] = {"dataset": dataset, "epochs": epochs, "seeds": seeds}
-  if batch_sizes is not None:
-    changes["batch_sizes"] = tuple(dict.fromkeys(batch_sizes))
-  if methods is not None:
-    changes["methods"] = tuple(METHODS[name] for name in dict.fromkeys(methods))
-  given = {field: value for field, value in changes.items() if value is not None}
-  chosen = dataclasses.replace(EXPERIMENTS[experiment], **given)
+  experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")]
+  scale: Annotated[Literal["smoke", "laptop", "paper"], _option("SCALE")] = "laptop"
+  dataset: Annotated[str | None, _option("NAME")] = None
+  epochs: Annotated[int | None, _option("INT")] = None
+  seeds: Annotated[int | None, _option("INT")] = None
+  batch_sizes: Annotated[tuple[int, ...] | None, _option("INT ...")] = None
+  methods: Annotated[tuple[str, ...] | None, _option("NAME ...")] = None
+  out: Annotated[pathlib.Path | None, _option("FOLDER")] = None
 
-  from bnp_optax.experiments.session import perform
+  def resolve(self) -> "tuple[Experiment, pathlib.Path]":
+    """The experiment chosen, and the folder of its results."""
+    from bnp_optax.experiments.methods import METHODS
+    from bnp_optax.experiments.registry import EXPERIMENTS
 
-  perform(chosen, out or pathlib.Path("bnp_optax_results") / f"{chosen.name}-{chosen.dataset}")
+    _known(self.experiment, EXPERIMENTS)
+    chosen = EXPERIMENTS[self.experiment].at(self.scale)
+    changes: dict[str, Any] = {
+      name: value
+      for name in ("dataset", "epochs", "seeds")
+      if (value := getattr(self, name)) is not None
+    }
+    if self.batch_sizes is not None:
+      changes["batch_sizes"] = tuple(dict.fromkeys(self.batch_sizes))
+    if self.methods is not None:
+      known = METHODS | {method.name: method for method in chosen.methods}
+      for name in self.methods:
+        _known(name, known)
+      changes["methods"] = tuple(known[name] for name in dict.fromkeys(self.methods))
+    chosen = dataclasses.replace(chosen, **changes)
+    return chosen, self.out or pathlib.Path("bnp_optax_results") / chosen.folder
+
+
+def _known(name: str, known: Collection[str]) -> None:
+  if name not in known:
+    raise UsageError(f"there is no {name!r}: choose from {', '.join(known)}")
+
+
+def _run(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
+  """Runs an experiment, or goes on with one that was stopped, and shows its table and picture."""
+  experiment, folder = choice.resolve()
+  from bnp_optax.experiments import session
+
+  session.run(experiment, folder)
+
+
+def _figure(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
+  """Shows the table and the picture of what has been run, from its results alone."""
+  experiment, folder = choice.resolve()
+  from bnp_optax.experiments import session
+
+  session.draw(experiment, folder)
+
+
+def _report(
+  folder: Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = (
+    pathlib.Path("bnp_optax_results")
+  ),
+) -> None:
+  """Says of each claim whether it holds, by the results in a folder.
+
+  Args:
+    folder: The folder that holds the folders of the results.
+  """
+  from bnp_optax.experiments import session
+
+  session.report_claims(folder)
 
 
 if __name__ == "__main__":

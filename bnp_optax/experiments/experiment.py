@@ -1,15 +1,20 @@
-"""What an experiment is: a value that says what is compared, on what, and for how long.
+"""What an experiment is: a value that says what is compared, on what, for how long, and why.
 
 Its settings are what its records are found by, so a value that changes a result must be in them.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from flax import linen as nn
+
+from bnp_optax.experiments.claims import Claim
 from bnp_optax.experiments.errors import UsageError
 from bnp_optax.experiments.methods import Method
-from bnp_optax.experiments.models import MLP
+from bnp_optax.experiments.training import Setup
 
+SCALES = ("smoke", "laptop", "paper")
 _EPOCHS = {"digits": 15}
 _EPOCHS_ELSEWHERE = 3
 
@@ -28,22 +33,62 @@ class Experiment:
     rates: The learning rates to choose from, the same ones for every method.
     epochs: How long to train; None for what suits the data set.
     seeds: How many runs of each method.
+    selection_epochs: How long the runs train that choose the rate; None for as long as the others.
+    images: How many training images, drawn class by class; None for all.
+    test_images: How many test images; None for all.
+    timed: Whether the time of a step is measured too.
+    augment: Name of the augmentation of the training images; None for none.
+    decays: After which epochs the learning rate is divided by ten.
+    picture: Which picture shows it: `curves` against epochs, or `batch_sizes`.
+    target: The test accuracy that the picture of batch sizes shows the steps to.
+    place: Where the paper has it; empty for what goes beyond the paper.
+    paper_rates: The best learning rate that the paper states for each method (Tables 2 and 3).
+    claims: What is claimed of it.
+    scale: `paper` for the paper's own setting.
+    scales: What the other scales change.
   """
 
   name: str
   title: str
-  network: MLP
+  network: nn.Module
   dataset: str
   batch_sizes: tuple[int, ...]
   methods: tuple[Method, ...]
   rates: tuple[float, ...]
   epochs: int | None
   seeds: int
+  selection_epochs: int | None = None
+  images: int | None = None
+  test_images: int | None = None
+  timed: bool = False
+  augment: str | None = None
+  decays: tuple[int, ...] = ()
+  picture: str = "curves"
+  target: float = 0.0
+  place: str = ""
+  paper_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  claims: tuple[Claim, ...] = ()
+  scale: str = "paper"
+  scales: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, repr=False)
+
+  def at(self, scale: str) -> "Experiment":
+    """This experiment at another scale."""
+    return dataclasses.replace(self, scale=scale, **self.scales.get(scale, {}))
+
+  @property
+  def folder(self) -> str:
+    """The folder of its results, among those of all experiments."""
+    return f"{self.name}-{self.dataset}-{self.scale}"
 
   @property
   def length(self) -> int:
     """How many epochs to train."""
     return self.epochs or _EPOCHS.get(self.dataset, _EPOCHS_ELSEWHERE)
+
+  @property
+  def selection_length(self) -> int:
+    """How many epochs the runs train that choose the rate."""
+    return min(self.selection_epochs or self.length, self.length)
 
   @property
   def seed_list(self) -> list[int]:
@@ -71,12 +116,23 @@ class Experiment:
         f"{self.dataset} that there are to train on"
       )
 
+  def setup(self, method: Method, batch_size: int, images: int, classes: int) -> Setup:
+    """How a method trains at a batch size on so many images of so many classes."""
+    return Setup(
+      method.adapt(self.network.clone(classes=classes)),
+      method,
+      batch_size,
+      images // batch_size,
+      self.decays,
+      self.augment,
+    )
+
   def rate_settings(self, method: Method, batch_size: int) -> dict[str, Any]:
     """The settings of the runs that choose a learning rate."""
     return self._settings("rate", batch_size) | {
       "method": method.name,
       "rates": list(self.rates),
-      "selection_epochs": self.length,
+      "selection_epochs": self.selection_length,
     }
 
   def epoch_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
@@ -99,4 +155,9 @@ class Experiment:
       "dataset": self.dataset,
       "network": self.network.title,
       "batch_size": batch_size,
+      "images": self.images,
+      "test_images": self.test_images,
+      "augment": self.augment,
+      # A schedule depends on how long it is meant to be.
+      "decays": list(self.decays) or None,
     }

@@ -1,15 +1,17 @@
-"""The picture of an experiment: training loss and test accuracy against epochs."""
+"""The pictures of an experiment, drawn from its outcomes alone."""
 
 import pathlib
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 import numpy as np
 
 from bnp_optax.experiments.experiment import Experiment
-from bnp_optax.experiments.report import Outcome, caption
+from bnp_optax.experiments.outcomes import Outcome
+from bnp_optax.experiments.report import caption
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -17,6 +19,7 @@ from matplotlib import pyplot as plt
 _INK = "#333333"
 _CROWDED = 0.9
 _WIDE = 20
+_RATES_SHOWN_AT = (1, 6, 60)
 _STYLE = {
   "font.size": 9,
   "axes.edgecolor": "#999999",
@@ -33,56 +36,148 @@ _STYLE = {
 }
 
 
-def draw(experiment: Experiment, gathered: list[Outcome], path: pathlib.Path) -> None:
-  """Draws one panel a batch size: accuracy (solid) above loss (dashed), bands over the seeds.
+def draw(
+  experiment: Experiment, gathered: list[Outcome], folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws the pictures of an experiment.
 
   Args:
     experiment: What was run.
     gathered: What came out.
-    path: Where the picture goes.
+    folder: Where the pictures go.
+
+  Returns:
+    Where they are.
   """
-  columns = len(experiment.batch_sizes)
+  if not gathered:
+    return []
+  paths = {"curves": {"": _curves}, "batch_sizes": {"": _batch_sizes, "-rates": _rates}}
+  drawn = []
   with plt.style.context(_STYLE):
-    figure, axes = plt.subplots(
-      *(2, columns),
-      figsize=(9, 5.2),
-      squeeze=False,
-      sharex=True,
-      sharey="row",
-      gridspec_kw={"height_ratios": [3, 2], "hspace": 0.08, "wspace": 0.08},
+    for suffix, paint in paths[experiment.picture].items():
+      figure = paint(experiment, gathered)
+      drawn.append(folder / f"{experiment.name}{suffix}.png")
+      figure.savefig(drawn[-1], dpi=200, bbox_inches="tight", facecolor="white")
+      plt.close(figure)
+  return drawn
+
+
+def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """One panel a batch size: accuracy (solid) above loss (dashed), bands over the seeds."""
+  columns = len(experiment.batch_sizes)
+  figure, axes = plt.subplots(
+    *(2, columns),
+    figsize=(9, 5.2),
+    squeeze=False,
+    sharex=True,
+    sharey="row",
+    gridspec_kw={"height_ratios": [3, 2], "hspace": 0.08, "wspace": 0.08},
+  )
+  for column, batch_size in enumerate(experiment.batch_sizes):
+    accuracy, loss = axes[:, column]
+    accuracy.set_title(f"batch size {batch_size}", loc="left", weight="bold")
+    loss.set_xlabel("epochs")
+    loss.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    for outcome in gathered:
+      if outcome.batch_size == batch_size:
+        # 0 and 100 % lie at infinity on the axis that `_scale_accuracy` may take.
+        _line(accuracy, outcome, outcome.test_accuracy.clip(0.002, 0.998), "-")
+        _line(loss, outcome, outcome.train_loss, "--")
+  axes[0, 0].set_ylabel("test accuracy (solid)")
+  axes[1, 0].set_ylabel("training loss (dashed)")
+  _scale_accuracy(axes[0, 0], np.array([outcome.test_accuracy.max() for outcome in gathered]))
+  _scale_loss(axes[1, 0])
+  figure.align_ylabels()
+  _legend(experiment, gathered, axes[0, 0])
+  _footer(
+    axes[1, 0], -0.4, f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
+  )
+  return figure
+
+
+def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """Accuracy against batch size; and the steps to a stated accuracy."""
+  figure, (accuracy, steps) = plt.subplots(1, 2, figsize=(9, 4), gridspec_kw={"wspace": 0.25})
+  for method in experiment.methods:
+    outcomes = [outcome for outcome in gathered if outcome.method == method]
+    sizes = [outcome.batch_size for outcome in outcomes]
+    final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
+    needed = [outcome.first_epoch(experiment.target) * outcome.steps for outcome in outcomes]
+    style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.6}
+    accuracy.plot(sizes, final.mean(axis=1), **style)
+    accuracy.fill_between(
+      sizes, final.min(axis=1), final.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
     )
-    for column, batch_size in enumerate(experiment.batch_sizes):
-      accuracy, loss = axes[:, column]
-      accuracy.set_title(f"batch size {batch_size}", loc="left", weight="bold")
-      loss.set_xlabel("epochs")
-      loss.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-      for outcome in gathered:
-        if outcome.batch_size == batch_size:
-          # 0 and 100 % lie at infinity on the axis that `_scale_accuracy` may take.
-          _line(accuracy, outcome, outcome.test_accuracy.clip(0.002, 0.998), "-")
-          _line(loss, outcome, outcome.train_loss, "--")
-    axes[0, 0].set_ylabel("test accuracy (solid)")
-    axes[1, 0].set_ylabel("training loss (dashed)")
-    _scale_accuracy(axes[0, 0], np.array([outcome.test_accuracy.max() for outcome in gathered]))
-    _scale_loss(axes[1, 0])
-    figure.align_ylabels()
-    handles = [
-      Line2D([], [], color=m.colour, marker=m.marker, markersize=4, linewidth=1.8, label=m.label)
-      for m in experiment.methods
-    ]
-    figure.legend(
-      handles=handles,
-      loc="lower left",
-      bbox_to_anchor=(-0.03, 1.1),
-      bbox_transform=axes[0, 0].transAxes,
-      ncols=min(len(handles), 4),
-      frameon=False,
-    )
-    figure.text(
-      *(0, -0.4, _footer(experiment)), transform=axes[1, 0].transAxes, size=7.5, color="#666666"
-    )
-    figure.savefig(path, dpi=200, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
+    steps.plot(sizes, needed, **style)
+  for axes in (accuracy, steps):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(experiment.batch_sizes, map(str, experiment.batch_sizes))
+    axes.set_xlabel("batch size")
+  accuracy.set_ylabel("test accuracy after the last epoch")
+  accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  steps.set_yscale("log")
+  steps.set_ylabel(f"steps to {experiment.target:.0%} test accuracy")
+  _legend(experiment, gathered, accuracy)
+  text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
+  _footer(accuracy, -0.22, f"{text} Where no steps are shown, it was not reached.")
+  return figure
+
+
+def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """Accuracy against learning rate, one panel a batch size."""
+  sizes = [size for size in _RATES_SHOWN_AT if size in experiment.batch_sizes]
+  sizes = sizes or list(experiment.batch_sizes[:3])
+  figure, panels = plt.subplots(
+    1, len(sizes), figsize=(9, 3.6), squeeze=False, sharey=True, gridspec_kw={"wspace": 0.08}
+  )
+  for axes, batch_size in zip(panels[0], sizes, strict=True):
+    axes.set_title(f"batch size {batch_size}", loc="left", weight="bold")
+    axes.set_xlabel("learning rate")
+    axes.set_xscale("log")
+    for outcome in gathered:
+      if outcome.batch_size == batch_size:
+        axes.plot(
+          *(outcome.rates, outcome.validation_accuracy),
+          color=outcome.method.colour,
+          marker=outcome.method.marker,
+          markersize=4,
+          linewidth=1.6,
+        )
+  panels[0, 0].set_ylabel("accuracy on held-out images")
+  panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  _legend(experiment, gathered, panels[0, 0])
+  images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
+  _footer(
+    *(panels[0, 0], -0.25),
+    f"{experiment.dataset}{images}, {experiment.network.title}, "
+    f"{experiment.selection_length} epochs, one seed.",
+  )
+  return figure
+
+
+def _legend(experiment: Experiment, gathered: list[Outcome], axes: Axes) -> None:
+  there = {outcome.method for outcome in gathered}
+  handles = [
+    Line2D([], [], color=m.colour, marker=m.marker, markersize=4, linewidth=1.8, label=m.label)
+    for m in experiment.methods
+    if m in there
+  ]
+  axes.figure.legend(
+    handles=handles,
+    loc="lower left",
+    bbox_to_anchor=(-0.03, 1.1),
+    bbox_transform=axes.transAxes,
+    ncols=min(len(handles), 4),
+    frameon=False,
+  )
+
+
+def _footer(axes: Axes, below: float, text: str) -> None:
+  axes.text(0, below, text, transform=axes.transAxes, size=7.5, color="#666666", va="top")
+
+
+def _chosen(experiment: Experiment) -> str:
+  return " Rates chosen on held-out images." if len(experiment.rates) > 1 else ""
 
 
 def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
@@ -116,7 +211,3 @@ def _line(axes: Axes, outcome: Outcome, values: np.ndarray, style: str) -> None:
   axes.fill_between(
     epochs, values.min(axis=1), values.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
   )
-
-
-def _footer(experiment: Experiment) -> str:
-  return f"{caption(experiment)}: mean, and range as a band. Rates chosen on held-out images."

@@ -1,12 +1,16 @@
 """The paper's networks, as Flax modules with a free choice of normalization layer.
 
-Convolutions and residual networks take the same `Norm`, and the training loop knows no network.
+Residual networks and transformers, next door, take the same `Norm`. Every network maps images (or
+tokens) and `train` to logits; has `norm`, `classes` and a `title`; and all its linear layers are
+ones that BNP preconditions.
 """
 
 from collections.abc import Callable
 
 from flax import linen as nn
 import jax
+
+from bnp_optax import normalization
 
 Norm = Callable[[bool], nn.Module]
 """Makes a normalization layer; told whether it is for training (or else for inference)."""
@@ -21,6 +25,34 @@ def layer_norm(train: bool) -> nn.Module:
   """LayerNorm with the defaults of TensorFlow, which the paper uses."""
   del train
   return nn.LayerNorm(epsilon=1e-3)
+
+
+def batch_renorm(train: bool) -> nn.Module:
+  """Batch Renormalization with momentum and epsilon of TensorFlow, and Ioffe's limits."""
+  return normalization.BatchRenorm(use_running_average=not train, momentum=0.99, epsilon=1e-3)
+
+
+def group_norm(
+  train: bool, *, num_groups: int | None = 4, group_size: int | None = None
+) -> nn.Module:
+  """GroupNorm with PyTorch's epsilon, which the paper's residual networks use.
+
+  The paper's "group size 4" (and 32 for ImageNet) is read as 4 groups, as Wu and He (2018) count
+  them and as PyTorch's layer takes them; `functools.partial(group_norm, num_groups=None,
+  group_size=4)` has 4 channels in each group.
+  """
+  del train
+  return nn.GroupNorm(num_groups, group_size=group_size, epsilon=1e-5)
+
+
+def normalize(hidden: jax.Array, norm: Norm | None, train: bool) -> jax.Array:
+  """Applies a new normalization layer of the module that calls this, if there is to be one."""
+  return hidden if norm is None else norm(train)(hidden)
+
+
+def with_channels(images: jax.Array) -> jax.Array:
+  """Images `[batch, height, width, channels]`, from these or from `[batch, height, width]`."""
+  return images if images.ndim == 4 else images[..., None]
 
 
 class MLP(nn.Module):
@@ -44,11 +76,50 @@ class MLP(nn.Module):
     hidden = images.reshape(len(images), -1)
     for width in self.features:
       hidden = nn.relu(nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(hidden))
-      if self.norm is not None:
-        hidden = self.norm(train)(hidden)
+      hidden = normalize(hidden, self.norm, train)
     return nn.Dense(self.classes, kernel_init=nn.initializers.glorot_uniform())(hidden)
 
   @property
   def title(self) -> str:
     """What figures and records call this network, without its norm and its output layer."""
     return "FC " + "-".join(map(str, self.features))
+
+
+class CNN(nn.Module):
+  """The convolutional network of section 5, TensorFlow's tutorial network with 32-64-32 filters.
+
+  3 x 3 convolutions without padding, 2 x 2 max pooling after all but the last of them, a hidden
+  dense layer and the output layer: `norm(pool(relu(W h + b)))`. The norm acts on what the next
+  layer reads (eq. 2), so after pooling, and on the channels of a feature map, so before flattening.
+
+  Attributes:
+    filters: Channels of each convolution.
+    width: Width of the hidden dense layer.
+    classes: Number of outputs.
+    norm: Makes the normalization layers; None for a network without any.
+  """
+
+  filters: tuple[int, ...] = (32, 64, 32)
+  width: int = 64
+  classes: int = 10
+  norm: Norm | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps images `[batch, height, width]` or `[..., channels]` to logits `[batch, classes]`."""
+    glorot = nn.initializers.glorot_uniform()
+    hidden = with_channels(images)
+    for number, channels in enumerate(self.filters, start=1):
+      hidden = nn.relu(nn.Conv(channels, (3, 3), padding="VALID", kernel_init=glorot)(hidden))
+      if number < len(self.filters):
+        hidden = nn.max_pool(hidden, (2, 2), strides=(2, 2))
+      hidden = normalize(hidden, self.norm, train)
+    hidden = hidden.reshape(len(hidden), -1)
+    hidden = nn.relu(nn.Dense(self.width, kernel_init=glorot)(hidden))
+    hidden = normalize(hidden, self.norm, train)
+    return nn.Dense(self.classes, kernel_init=glorot)(hidden)
+
+  @property
+  def title(self) -> str:
+    """What figures and records call this network, without its norm and its output layer."""
+    return f"CNN {'-'.join(map(str, self.filters))}, FC {self.width}"

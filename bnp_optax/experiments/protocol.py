@@ -3,19 +3,20 @@
 1. A tenth of the training images, drawn class by class with a fixed seed, is held out: nothing
    trains on it.
 2. The learning rate of each method at each batch size is chosen on the held-out images. Each rate
-   of the grid gets one run from seed 0, as long as the runs that the rate is for. Of the rates
-   within one standard error of the best accuracy, the one with the lowest loss wins, because so
-   small a difference in accuracy is chance. A run that diverged loses to every other.
+   of the grid gets one run from seed 0, as long as the runs that the rate is for, or shorter where
+   the experiment says so. Of the rates within one standard error of the best accuracy, the one with
+   the lowest loss wins, because so small a difference in accuracy is chance. A run that diverged
+   loses to every other.
 3. The runs with the chosen rate have the seeds 1, 2, 3, ... and are tested after each epoch.
-4. The time of a training step is measured, all methods in turn.
+4. The time of a training step is measured, if the experiment asks for it, all methods in turn.
 
 The test images choose nothing.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.progress import Progress
 from sklearn.model_selection import train_test_split
@@ -25,7 +26,7 @@ from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.data import DataSet
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.methods import SGD, Method
-from bnp_optax.experiments.results import Results
+from bnp_optax.experiments.results import Record, Results
 
 _HELD_OUT = 0.1
 _SELECTION_SEED = 0
@@ -33,8 +34,8 @@ _SGD_RATE_FOR_TIMING = 0.01
 
 
 class _Labelled(NamedTuple):
-  images: jax.Array
-  labels: jax.Array
+  images: Any
+  labels: Any
 
 
 class Run:
@@ -60,16 +61,21 @@ class Run:
     Raises:
       UsageError: There are fewer images than the largest batch needs.
     """
-    rows = np.arange(len(dataset.y_train))
+    rows = _sample(np.arange(len(dataset.y_train)), dataset.y_train, experiment.images)
     fit, held_out = train_test_split(
-      rows, test_size=_HELD_OUT, stratify=dataset.y_train, random_state=0
+      rows, test_size=_HELD_OUT, stratify=_strata(dataset.y_train[rows]), random_state=0
     )
+    test = _sample(np.arange(len(dataset.y_test)), dataset.y_test, experiment.test_images)
     experiment.check_fits(len(fit))
     self._experiment = experiment
-    self._network = experiment.network.clone(classes=dataset.classes)
-    self._fit = _on_device(dataset.x_train[fit], dataset.y_train[fit])
-    self._held_out = _on_device(dataset.x_train[held_out], dataset.y_train[held_out])
-    self._test = _on_device(dataset.x_test, dataset.y_test)
+    self._classes = dataset.classes
+    self._fit = _Labelled(dataset.x_train[fit], dataset.y_train[fit])
+    self._held_out = _Labelled(dataset.x_train[held_out], dataset.y_train[held_out])
+    self._test = _Labelled(dataset.x_test[test], dataset.y_test[test])
+    if self._setup(SGD, 1).stacked:
+      self._fit, self._held_out, self._test = jax.device_put(
+        (self._fit, self._held_out, self._test)
+      )
     self._results = results
     self._checkpoints = checkpoints
     self._progress = progress
@@ -85,15 +91,22 @@ class Run:
     for batch_size, method in cells:
       rates[method, batch_size] = self._choose_rate(method, batch_size)
       self._train(method, batch_size, rates[method, batch_size])
-    for batch_size in experiment.batch_sizes:
-      self._time_steps(batch_size, {m: rates[m, batch_size] for m in experiment.methods})
+    if experiment.timed:
+      for batch_size in experiment.batch_sizes:
+        self._time_steps(batch_size, {m: rates[m, batch_size] for m in experiment.methods})
+
+  def _setup(self, method: Method, batch_size: int) -> training.Setup:
+    return self._experiment.setup(method, batch_size, len(self._fit.labels), self._classes)
 
   def _choose_rate(self, method: Method, batch_size: int) -> float:
+    rates = self._experiment.rates
+    if len(rates) == 1:
+      return rates[0]
     settings = self._experiment.rate_settings(method, batch_size)
     if records := self._results.find(**settings):
       return records[0]["rate"]
     self._describe(method, batch_size, "choosing the rate")
-    rates, size = self._experiment.rates, self._experiment.seeds
+    size = self._lanes(method, batch_size)
     stacks = [rates[start : start + size] for start in range(0, len(rates), size)]
     tried = [self._try_rates(method, batch_size, stack) for stack in stacks]
     accuracy, loss, diverged = (np.concatenate(parts) for parts in zip(*tried, strict=True))
@@ -110,51 +123,94 @@ class Run:
     )
     return rate
 
+  def _lanes(self, method: Method, batch_size: int) -> int:
+    """How many rates are tried together."""
+    # With as many lanes as there are seeds, one compiled program serves here and in `_train`.
+    return self._experiment.seeds if self._setup(method, batch_size).stacked else 1
+
   def _try_rates(
     self, method: Method, batch_size: int, rates: tuple[float, ...]
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Accuracy and loss on the held-out images, and whether training diverged, of each rate."""
-    # As many lanes as there are seeds: one compiled program serves here and in `_train`.
-    lanes_count = self._experiment.seeds
-    padded = rates + rates[-1:] * (lanes_count - len(rates))
-    model = self._network.clone(norm=method.norm)
-    lanes = training.make_lanes([_SELECTION_SEED] * lanes_count, padded)
-    state = training.init(model, method, lanes, self._fit.images)
-    diverged = np.zeros(lanes_count, bool)
-    for epoch in range(1, self._experiment.length + 1):
-      state, train_loss = training.train_epoch(
-        *(model, method, batch_size, state, lanes, epoch, *self._fit),
-        on_steps=lambda steps: self._worked(batch_size, steps),
-      )
-      diverged |= ~np.isfinite(train_loss)
-    accuracy, loss = training.evaluate(model, state, *self._held_out)
-    diverged |= ~np.isfinite(loss)
+    count = self._lanes(method, batch_size)
+    padded = rates + rates[-1:] * (count - len(rates))
+    settings = self._experiment.rate_settings(method, batch_size)
+    settings |= {"kind": "trial", "rates": list(rates)}
+    done = self._results.find(**settings)
+    if not (done and done[-1]["ended"]):
+      lanes = training.make_lanes([_SELECTION_SEED] * count, padded)
+      self._run_trial(self._setup(method, batch_size), settings, lanes, done)
+      done = self._results.find(**settings)
     tried = slice(len(rates))
-    return accuracy[tried], loss[tried], diverged[tried]
+    return (
+      np.array(done[-1]["accuracy"], float)[tried],
+      np.array(done[-1]["loss"], float)[tried],
+      np.array(done[-1]["diverged"])[tried],
+    )
+
+  def _run_trial(
+    self,
+    setup: training.Setup,
+    settings: dict[str, Any],
+    lanes: training.Lanes,
+    done: list[Record],
+  ) -> None:
+    diverged = np.zeros(len(lanes.seeds), bool) | (done[-1]["diverged"] if done else False)
+    length = self._experiment.selection_length
+    for epoch, state, loss in self._epochs(setup, settings, lanes, length, len(done)):
+      diverged |= ~np.isfinite(loss)
+      # Where all have diverged, the rest of the epochs would tell nothing.
+      ended = epoch == length or bool(diverged.all())
+      outcome = {}
+      if ended:
+        evaluation = training.evaluate(setup, state, *self._held_out)
+        diverged |= ~np.isfinite(evaluation.loss)
+        outcome = {"accuracy": evaluation.accuracy.tolist(), "loss": evaluation.loss.tolist()}
+      if epoch > len(done):
+        outcome |= {"epoch": epoch, "ended": ended, "diverged": diverged.tolist()}
+        self._results.append(settings | outcome)
+      if ended:
+        return
+
+  def _epochs(
+    self,
+    setup: training.Setup,
+    settings: dict[str, Any],
+    lanes: training.Lanes,
+    length: int,
+    done: int,
+  ) -> Iterator[tuple[int, training.LaneState, np.ndarray]]:
+    """Trains, from where the newest checkpoint is, which must not be after `done` epochs."""
+    state = training.init(setup, lanes, self._fit.images)
+    kept, state = self._checkpoints.restore(settings, done, state)
+    for epoch in range(kept + 1, length + 1):
+      state, loss = training.train_epoch(
+        *(setup, state, lanes, epoch, *self._fit),
+        on_steps=lambda steps: self._worked(setup.batch_size, steps),
+      )
+      yield epoch, state, loss
+      self._checkpoints.save(settings, epoch, state)
 
   def _train(self, method: Method, batch_size: int, rate: float) -> None:
     settings = self._experiment.epoch_settings(method, batch_size, rate)
-    done = len(self._results.find(**settings))
-    if done >= self._experiment.length:
+    length, done = self._experiment.length, len(self._results.find(**settings))
+    if done >= length:
       return
-    model = self._network.clone(norm=method.norm)
+    setup = self._setup(method, batch_size)
     seeds = self._experiment.seed_list
     lanes = training.make_lanes(seeds, [rate] * len(seeds))
-    state = training.init(model, method, lanes, self._fit.images)
-    kept, state = self._checkpoints.restore(settings, done, state)
-    for epoch in range(kept + 1, self._experiment.length + 1):
-      self._describe(method, batch_size, f"epoch {epoch}")
-      state, loss = training.train_epoch(
-        *(model, method, batch_size, state, lanes, epoch, *self._fit),
-        on_steps=lambda steps: self._worked(batch_size, steps),
-      )
+    self._describe(method, batch_size, f"epoch {done + 1}")
+    for epoch, state, loss in self._epochs(setup, settings, lanes, length, done):
       # Killed after the record and before the checkpoint, a run does this epoch once more.
       if epoch > done:
-        accuracy = training.evaluate(model, state, *self._test).accuracy
-        outcome = {"train_loss": loss.tolist(), "test_accuracy": accuracy.tolist()}
-        self._results.append(settings | {"epoch": epoch} | outcome)
-      self._checkpoints.save(settings, epoch, state)
-    last = self._results.find(**settings, epoch=self._experiment.length)[0]
+        accuracy = training.evaluate(setup, state, *self._test).accuracy
+        self._results.append(
+          settings
+          | {"epoch": epoch, "steps": setup.steps}
+          | {"train_loss": loss.tolist(), "test_accuracy": accuracy.tolist()}
+        )
+      self._describe(method, batch_size, f"epoch {epoch + 1}")
+    last = self._results.find(**settings, epoch=length)[0]
     self._progress.console.print(
       f"batch size {batch_size:<4} {method.label:20} learning rate {rate:<7g} "
       f"test accuracy {np.mean(last['test_accuracy']):.1%}",
@@ -167,12 +223,13 @@ class Run:
       return
     self._progress.update(self._task, description=f"timing, batch size {batch_size}")
     rates = {SGD: _SGD_RATE_FOR_TIMING} | rates
-    seconds = timing.step_times(self._network, rates, batch_size, *self._fit)
+    setups = {self._setup(method, batch_size): rate for method, rate in rates.items()}
+    times = timing.step_times(setups, *self._fit)
+    seconds = {setup.method.name: times for setup, times in times.items()}
     relative = {
-      method.name: [time / sgd for time, sgd in zip(times, seconds[SGD], strict=True)]
-      for method, times in seconds.items()
+      name: [time / sgd for time, sgd in zip(times, seconds[SGD.name], strict=True)]
+      for name, times in seconds.items()
     }
-    seconds = {method.name: times for method, times in seconds.items()}
     self._results.append(settings | {"seconds": seconds, "relative_to_sgd": relative})
 
   def _describe(self, method: Method, batch_size: int, doing: str) -> None:
@@ -184,13 +241,15 @@ class Run:
 
   def _work_left(self, method: Method, batch_size: int) -> int:
     experiment = self._experiment
-    epochs = experiment.length
-    if chosen := self._results.find(**experiment.rate_settings(method, batch_size)):
+    chosen = self._results.find(**experiment.rate_settings(method, batch_size))
+    epochs = experiment.seeds * experiment.length
+    if chosen:
       settings = experiment.epoch_settings(method, batch_size, chosen[0]["rate"])
-      epochs -= min(epochs, len(self._results.find(**settings)))
-    else:
-      epochs += epochs * -(-len(experiment.rates) // experiment.seeds)
-    return _work(batch_size, epochs * (len(self._fit.images) // batch_size))
+      epochs -= experiment.seeds * min(experiment.length, len(self._results.find(**settings)))
+    elif len(experiment.rates) > 1:
+      lanes = self._lanes(method, batch_size)
+      epochs += -(-len(experiment.rates) // lanes) * lanes * experiment.selection_length
+    return _work(batch_size, epochs * (len(self._fit.labels) // batch_size))
 
 
 def _winner(accuracy: np.ndarray, loss: np.ndarray, diverged: np.ndarray, images: int) -> int:
@@ -210,5 +269,14 @@ def _work(batch_size: int, steps: int) -> int:
   return steps * (batch_size + 4)
 
 
-def _on_device(images: np.ndarray, labels: np.ndarray) -> _Labelled:
-  return _Labelled(jnp.asarray(images), jnp.asarray(labels))
+def _sample(rows: np.ndarray, labels: np.ndarray, count: int | None) -> np.ndarray:
+  """So many of the rows, drawn class by class with a fixed seed; all, if there is no count."""
+  if count is None or count >= len(rows):
+    return rows
+  chosen, _ = train_test_split(rows, train_size=count, stratify=_strata(labels), random_state=0)
+  return np.sort(chosen)
+
+
+def _strata(labels: np.ndarray) -> np.ndarray | None:
+  """The classes to draw from alike; there are none where a label belongs to a token."""
+  return labels if labels.ndim == 1 else None

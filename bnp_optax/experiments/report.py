@@ -1,56 +1,47 @@
-"""What came out: the records of an experiment gathered, and shown as a table."""
+"""What came out: the records of an experiment gathered, and shown as tables."""
 
-import dataclasses
+from collections.abc import Iterator
+import pathlib
 
 import numpy as np
 from rich.table import Table
 
-from bnp_optax.experiments.experiment import Experiment
-from bnp_optax.experiments.methods import SGD, Method
-from bnp_optax.experiments.results import Results
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What one method reached at one batch size.
-
-  Attributes:
-    method: The method.
-    batch_size: The batch size.
-    rate: The learning rate chosen for it.
-    at_edge: Whether this is the lowest or highest rate there was to choose from.
-    train_loss: Mean training loss of each epoch, `[epochs, seeds]`; NaN where it diverged.
-    test_accuracy: Test accuracy after each epoch, `[epochs, seeds]`.
-    relative_times: Time of a step over that of plain SGD, one for each round of measuring.
-  """
-
-  method: Method
-  batch_size: int
-  rate: float
-  at_edge: bool
-  train_loss: np.ndarray
-  test_accuracy: np.ndarray
-  relative_times: np.ndarray
+from bnp_optax.experiments.experiment import SCALES, Experiment
+from bnp_optax.experiments.methods import SGD
+from bnp_optax.experiments.outcomes import Outcome, percent
+from bnp_optax.experiments.registry import EXPERIMENTS
+from bnp_optax.experiments.results import FILE, Record, Results, read_results
 
 
 def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
-  """Gathers the outcomes of an experiment that is complete, from its records alone."""
+  """Gathers what has been completed of an experiment, from its records alone."""
   gathered = []
   for batch_size in experiment.batch_sizes:
-    (times,) = results.find(**experiment.time_settings(batch_size))
+    times = results.find(**experiment.time_settings(batch_size))
+    measured = times[-1] if times else {"seconds": {}, "relative_to_sgd": {}}
     for method in experiment.methods:
-      (chosen,) = results.find(**experiment.rate_settings(method, batch_size))
+      chosen: Record = {"rate": experiment.rates[0], "validation_accuracy": []}
+      if len(experiment.rates) > 1:
+        records = results.find(**experiment.rate_settings(method, batch_size))
+        if not records:
+          continue
+        chosen = records[0]
       epochs = results.find(**experiment.epoch_settings(method, batch_size, chosen["rate"]))
       epochs = epochs[: experiment.length]
+      if len(epochs) < experiment.length:
+        continue
       gathered.append(
         Outcome(
           method,
           batch_size,
+          experiment.rates,
+          np.array(chosen["validation_accuracy"], float),
           chosen["rate"],
-          chosen["at_edge"],
+          epochs[0].get("steps", 0),
           np.array([epoch["train_loss"] for epoch in epochs], float),
           np.array([epoch["test_accuracy"] for epoch in epochs], float),
-          np.array(times["relative_to_sgd"][method.name]),
+          np.array(measured["seconds"].get(method.name, []), float),
+          np.array(measured["relative_to_sgd"].get(method.name, []), float),
         )
       )
   return gathered
@@ -68,35 +59,77 @@ def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]
   """
   cells = {(outcome.method, outcome.batch_size): outcome for outcome in gathered}
   columns = ["method", *(f"batch size {batch_size}" for batch_size in experiment.batch_sizes)]
-  table = Table(*columns, title=caption(experiment), caption=_NOTE, caption_justify="left")
+  table = Table(
+    *columns, title=caption(experiment), caption=_note(experiment), caption_justify="left"
+  )
   markdown = [f"| {' | '.join(columns)} |", "| --- " + "| --: " * (len(columns) - 1) + "|"]
   for method in experiment.methods:
-    texts = [_cell(cells[method, batch_size]) for batch_size in experiment.batch_sizes]
+    texts = [_cell(cells.get((method, batch_size))) for batch_size in experiment.batch_sizes]
     table.add_row(method.label, *("\n".join(lines) for lines in texts), end_section=True)
     markdown.append(f"| {method.label} | {' | '.join('<br>'.join(lines) for lines in texts)} |")
-  return table, "\n".join([caption(experiment), "", *markdown, "", _NOTE, ""])
+  return table, "\n".join([caption(experiment), "", *markdown, "", _note(experiment), ""])
+
+
+def claims(folder: pathlib.Path) -> tuple[Table, str]:
+  """Says of each claim whether it holds.
+
+  Args:
+    folder: The folder of the results of all experiments.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown.
+  """
+  columns = ("experiment", "claim", "measured", "verdict")
+  table = Table(*columns)
+  markdown = [f"| {' | '.join(columns)} |", "| --- | --- | --- | --- |"]
+  for experiment in EXPERIMENTS.values():
+    for row in _judged(experiment, folder):
+      table.add_row(*row)
+      markdown.append(f"| {' | '.join(row)} |")
+  return table, "\n".join([*markdown, ""])
+
+
+def _judged(experiment: Experiment, folder: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
+  """One row for each claim, by the results at the largest scale that there are results of."""
+  shown, gathered = experiment, None
+  for scale in SCALES:
+    if (folder / experiment.at(scale).folder / FILE).exists():
+      shown = experiment.at(scale)
+      gathered = outcomes(shown, read_results(folder / shown.folder))
+  setting = "no results" if gathered is None else caption(shown)
+  for claim in shown.claims:
+    judgement = claim.judge(gathered or [])
+    name = f"{shown.name}, {shown.place}" if shown.place else shown.name
+    yield f"{name} ({setting})", claim.text, judgement.measured, judgement.verdict
 
 
 def caption(experiment: Experiment) -> str:
   """The setting of an experiment, in one line."""
   runs = "1 seed" if experiment.seeds == 1 else f"{experiment.seeds} seeds"
   epochs = "1 epoch" if experiment.length == 1 else f"{experiment.length} epochs"
-  return f"{experiment.dataset}, {experiment.network.title}, {epochs}, {runs}"
+  images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
+  return f"{experiment.dataset}{images}, {experiment.network.title}, {epochs}, {runs}"
 
 
-_NOTE = (
-  "Test accuracy in % after the last epoch: mean (range) over the seeds. Learning rate chosen on "
-  "held-out training images; * is at an edge of the grid. Time of a step relative to plain SGD: "
-  "median (quartiles)."
-)
+def _note(experiment: Experiment) -> str:
+  note = "Test accuracy in % after the last epoch: mean (range) over the seeds."
+  if len(experiment.rates) > 1:
+    note += " Learning rate chosen on held-out training images; * is at an edge of the grid."
+  if experiment.timed:
+    note += " Time of a step relative to plain SGD: median (quartiles)."
+  return note
 
 
-def _cell(outcome: Outcome) -> list[str]:
-  last = 100 * outcome.test_accuracy[-1]
-  low, middle, high = np.percentile(outcome.relative_times, [25, 50, 75])
+def _cell(outcome: Outcome | None) -> list[str]:
+  if outcome is None:
+    return ["not run"]
   diverged = "" if np.isfinite(outcome.train_loss[-1]).all() else " diverged"
-  return [
-    f"{last.mean():.1f} ({last.min():.1f}–{last.max():.1f}){diverged}",
+  lines = [
+    percent(outcome.final) + diverged,
     f"rate {outcome.rate:g}{'*' if outcome.at_edge else ''}",
-    f"{middle:.2f}x" + (f" ({low:.2f}–{high:.2f})" if outcome.method != SGD else ""),
   ]
+  if len(outcome.relative_times):
+    low, middle, high = np.percentile(outcome.relative_times, [25, 50, 75])
+    quartiles = f" ({low:.2f}–{high:.2f})" if outcome.method != SGD else ""
+    lines.append(f"{middle:.2f}x" + quartiles)
+  return lines

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import fcntl
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -30,8 +31,9 @@ FILE = "results.jsonl"
 class Results:
   """The lines of one results file, read and appended."""
 
-  def __init__(self, file: IO[bytes], command: list[str]) -> None:
+  def __init__(self, path: pathlib.Path, file: IO[bytes], command: list[str]) -> None:
     """Reads the lines; a last one that was cut off while it was written is dropped."""
+    self._path = path
     self._file = file
     self._command: list[str] | None = command
     file.seek(0)
@@ -47,15 +49,18 @@ class Results:
       record = None
     if not isinstance(record, dict):
       raise ExperimentError(
-        f"{self._file.name}, line {number}: not a JSON object. Remove the line, or give "
-        f"another --out."
+        f"{self._path}, line {number}: not a JSON object. Remove the line, or give another --out."
       )
     return record
 
   def find(self, **fields: object) -> list[Record]:
-    """The records that have all of these fields, oldest first."""
+    """The records that have all of these fields, oldest first; a None finds what has none."""
     wanted = json.loads(json.dumps(fields)).items()
-    return [record for record in self._records if wanted <= record.items()]
+    return [
+      record
+      for record in self._records
+      if all(record.get(field) == value for field, value in wanted)
+    ]
 
   def append(self, record: Record) -> None:
     """Adds a record, which is out of this process when this returns.
@@ -100,7 +105,22 @@ def open_results(folder: pathlib.Path, command: list[str]) -> Iterator[Results]:
       raise UsageError(
         f"another run is writing to {path}: wait for it, or give another --out"
       ) from error
-    yield Results(file, command)
+    yield Results(path, file, command)
+
+
+def read_results(folder: pathlib.Path) -> Results:
+  """The results in a folder as they are now, even while another process adds to them.
+
+  Raises:
+    UsageError: There are none.
+    ExperimentError: The file holds something that is no result.
+  """
+  path = folder / FILE
+  try:
+    content = path.read_bytes()
+  except OSError as error:
+    raise UsageError(f"no results in {folder}: {error.strerror}") from error
+  return Results(path, io.BytesIO(content), [])
 
 
 def _header(command: list[str]) -> Record:

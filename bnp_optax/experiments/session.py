@@ -1,4 +1,4 @@
-"""One call of `bnp-optax run`: does the work, and shows the table and the picture."""
+"""What the command line does: run an experiment, draw it, report on all of them."""
 
 import pathlib
 import sys
@@ -10,10 +10,10 @@ from bnp_optax.experiments import data, figures, report
 from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.protocol import Run
-from bnp_optax.experiments.results import open_results
+from bnp_optax.experiments.results import Results, open_results, read_results
 
 
-def perform(experiment: Experiment, folder: pathlib.Path) -> None:
+def run(experiment: Experiment, folder: pathlib.Path) -> None:
   """Runs what is missing of an experiment, and shows all of it.
 
   Args:
@@ -28,22 +28,54 @@ def perform(experiment: Experiment, folder: pathlib.Path) -> None:
   console = Console()
   with open_results(folder, ["bnp-optax", *sys.argv[1:]]) as results:
     checkpoints = Checkpoints(folder / "checkpoints")
-    progress = Progress(
-      TextColumn("{task.description}"),
-      BarColumn(),
-      TaskProgressColumn(),
-      TimeRemainingColumn(),
-      console=console,
-      speed_estimate_period=300,
-      transient=True,
-    )
-    run = Run(experiment, dataset, results, checkpoints, progress)
+    progress = _progress(console)
+    todo = Run(experiment, dataset, results, checkpoints, progress)
     with progress:
-      run()
-    gathered = report.outcomes(experiment, results)
+      todo()
+    _show(experiment, results, folder, console)
+
+
+def draw(experiment: Experiment, folder: pathlib.Path) -> None:
+  """Shows what there is of an experiment, from its results alone.
+
+  Args:
+    experiment: What to show.
+    folder: Where its results are.
+
+  Raises:
+    ExperimentError: There are no results.
+  """
+  _show(experiment, read_results(folder), folder, Console())
+
+
+def report_claims(folder: pathlib.Path) -> None:
+  """Shows of each claim whether it holds.
+
+  Args:
+    folder: The folder of the results of all experiments.
+  """
+  table, markdown = report.claims(folder)
+  Console().print(table)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "claims.md").write_text(markdown)
+
+
+def _show(experiment: Experiment, results: Results, folder: pathlib.Path, console: Console) -> None:
+  gathered = report.outcomes(experiment, results)
   table, markdown = report.tables(experiment, gathered)
-  picture = folder / f"{experiment.name}.png"
-  figures.draw(experiment, gathered, picture)
   (folder / f"{experiment.name}.md").write_text(markdown)
   console.print(table)
-  console.print(f"picture: {picture}", soft_wrap=True)
+  for picture in figures.draw(experiment, gathered, folder):
+    console.print(f"picture: {picture}", soft_wrap=True)
+
+
+def _progress(console: Console) -> Progress:
+  return Progress(
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TaskProgressColumn(),
+    TimeRemainingColumn(),
+    console=console,
+    speed_estimate_period=300,
+    transient=True,
+  )

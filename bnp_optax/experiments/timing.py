@@ -2,13 +2,12 @@
 
 import functools
 import time
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from bnp_optax.experiments import training
-from bnp_optax.experiments.methods import Method
-from bnp_optax.experiments.models import MLP
 
 _ROUNDS = 25
 _SECONDS_A_SAMPLE = 0.05
@@ -16,64 +15,51 @@ _MAX_STEPS = 5000
 
 
 def step_times(
-  network: MLP,
-  methods: dict[Method, float],
-  batch_size: int,
-  images: jax.Array,
-  labels: jax.Array,
-) -> dict[Method, list[float]]:
-  """Measures the time of a training step of one network, in rounds of all methods in turn.
+  setups: dict[training.Setup, float], images: Any, labels: Any
+) -> dict[training.Setup, list[float]]:
+  """Measures the time of a training step, in rounds of all setups in turn.
 
-  In turn, so that whatever else the machine does meets all of them alike: compare the methods
-  within a round.
+  In turn, so that whatever else the machine does meets all of them alike: compare them within a
+  round.
 
   Args:
-    network: The network, without norm.
-    methods: The methods and the learning rate of each.
-    batch_size: Images in a step.
+    setups: What to measure, and the learning rate of each.
     images: The training images.
     labels: Their labels.
 
   Returns:
-    For each method, the seconds a step took, one number a round.
+    For each setup, the seconds a step took, one number a round.
   """
-  samplers = {
-    method: _Sampler(network.clone(norm=method.norm), method, rate, batch_size, images, labels)
-    for method, rate in methods.items()
-  }
-  rounds = [{m: sampler.sample() for m, sampler in samplers.items()} for _ in range(_ROUNDS)]
-  return {method: [seconds[method] for seconds in rounds] for method in methods}
+  samplers = {setup: _Sampler(setup, rate, images, labels) for setup, rate in setups.items()}
+  rounds = [{s: sampler.sample() for s, sampler in samplers.items()} for _ in range(_ROUNDS)]
+  return {setup: [seconds[setup] for seconds in rounds] for setup in setups}
 
 
 class _Sampler:
-  """Times the training steps of one method."""
+  """Times the training steps of one setup."""
 
-  def __init__(
-    self,
-    model: MLP,
-    method: Method,
-    rate: float,
-    batch_size: int,
-    images: jax.Array,
-    labels: jax.Array,
-  ) -> None:
+  def __init__(self, setup: training.Setup, rate: float, images: Any, labels: Any) -> None:
     lanes = training.make_lanes([0], [rate])
     # One run by itself, as a user has it: stacks of one lane are slower than none.
-    self._state = jax.tree.map(lambda x: x[0], training.init(model, method, lanes, images))
-    rows = jnp.arange(_MAX_STEPS * batch_size, dtype=jnp.int32) % len(images)
-    steps = functools.partial(training.take_steps, model, method, batch_size)
-    self._take_steps = jax.jit(steps, donate_argnums=0)
-    self._data = (lanes.rates[0], rows)
+    self._state = jax.tree.map(lambda x: x[0], training.init(setup, lanes, images))
+    rows = np.arange(_MAX_STEPS * setup.batch_size, dtype=np.int32) % len(images)
+    if setup.stacked:
+      take_steps = jax.jit(functools.partial(training.take_steps, setup), donate_argnums=0)
+      rows = jax.device_put(rows)
+    else:
+      take_steps = functools.partial(training.take_steps_in_turn, setup)
+    self._take_steps = take_steps
+    self._run = (lanes.seeds[0], lanes.rates[0], rows)
     self._images = (images, labels)
     self._steps = 1
     self.sample()
     # Once more, now that the program is compiled, to see how many steps make a sample.
-    self._steps = 20
+    self._steps = 5
     self._steps = min(_MAX_STEPS, max(1, round(_SECONDS_A_SAMPLE / self.sample())))
 
   def sample(self) -> float:
     """Seconds a step, over one sample of steps."""
     start = time.perf_counter()
-    self._state, loss = self._take_steps(self._state, *self._data, 0, self._steps, *self._images)
+    self._state, loss = self._take_steps(self._state, *self._run, 1, 0, self._steps, *self._images)
     loss.block_until_ready()
     return (time.perf_counter() - start) / self._steps

@@ -1,12 +1,17 @@
-"""Trains many small networks at once: every function here works on a stack of lanes.
+"""Trains networks in stacks: every function here works on a stack of lanes.
 
-A lane is one training run, told apart from the others by its seed and its learning rate alone; the
-lanes of a stack are mapped with `jax.vmap`, so that a grid of rates or a set of seeds costs little
-more than one run. All randomness comes from the seeds: the same lanes give the same bits.
+A lane is one training run, told apart from the others by its seed and its learning rate alone. The
+lanes of a fully connected network are mapped with `jax.vmap` and its steps loop inside the compiled
+program, so that a grid of rates or a set of seeds costs little more than one run. Other networks
+train lane by lane and step by step: XLA's CPU code is many times slower for a convolution inside a
+loop, or with a kernel for each lane. All randomness comes from the seeds: the same lanes give the
+same bits.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 from flax import linen as nn
@@ -16,11 +21,62 @@ import numpy as np
 import optax
 
 import bnp_optax
-from bnp_optax.experiments.methods import Method
+from bnp_optax.experiments.augmentation import AUGMENTATIONS
+from bnp_optax.experiments.methods import Method, Rate
+from bnp_optax.experiments.models import MLP
 
 Tree = Any
 _EVALUATED_AT_ONCE = 1000
 _IMAGES_A_CALL = 30_000
+_STEPS_AHEAD = 32
+_AUGMENT = 2**31
+# With fewer images than this on each, a step costs more on several devices than on one.
+_IMAGES_A_DEVICE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What the compiled program of a training step depends on.
+
+  Attributes:
+    model: The network, as the method has it.
+    method: What to train it with.
+    batch_size: Images in a step.
+    steps: Steps in an epoch.
+    decays: The epochs after which the learning rate is divided by ten.
+    augment: Name of the augmentation of the training images; None for none.
+  """
+
+  model: nn.Module
+  method: Method
+  batch_size: int
+  steps: int
+  decays: tuple[int, ...] = ()
+  augment: str | None = None
+
+  @property
+  def stacked(self) -> bool:
+    """Whether lanes are trained together, in a loop of the compiled program."""
+    return isinstance(self.model, MLP)
+
+  @property
+  def devices(self) -> int:
+    """Over how many devices a batch is split."""
+    split = math.gcd(self.batch_size, jax.device_count())
+    return split if not self.stacked and self.batch_size >= _IMAGES_A_DEVICE * split else 1
+
+  def rate(self, rate: jax.Array) -> Rate:
+    """The learning rate as the optimizer wants it: a schedule, if it changes."""
+    warmup, decays = self.method.warmup, self.decays
+    if warmup is None and not decays:
+      return rate
+
+    def schedule(count: Any) -> jax.Array:
+      passed = sum((count >= epoch * self.steps).astype(jnp.float32) for epoch in decays)
+      factor = jnp.asarray(0.1, jnp.float32) ** passed
+      return rate * factor * (1.0 if warmup is None else warmup.factor(count, self.steps))
+
+    return schedule
 
 
 class Lanes(NamedTuple):
@@ -50,12 +106,11 @@ def make_lanes(seeds: Sequence[int], rates: Sequence[float]) -> Lanes:
   return Lanes(jnp.asarray(seeds, jnp.uint32), jnp.asarray(rates, jnp.float32))
 
 
-def init(model: nn.Module, method: Method, lanes: Lanes, images: jax.Array) -> LaneState:
+def init(setup: Setup, lanes: Lanes, images: np.ndarray) -> LaneState:
   """Initializes the lanes.
 
   Args:
-    model: The network, with the method's norm.
-    method: What to train it with.
+    setup: What is trained, and how.
     lanes: The runs.
     images: Any batch of images, for their shape.
 
@@ -63,10 +118,10 @@ def init(model: nn.Module, method: Method, lanes: Lanes, images: jax.Array) -> L
     The state of the lanes before the first step.
   """
   # One by one: the compiler takes many times longer over a stack of random number generators.
-  variables = [_init_variables(model, seed, images[:1]) for seed in lanes.seeds]
+  variables = [_init_variables(setup.model, seed, images[:1]) for seed in lanes.seeds]
   model_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
   params = model_state.pop("params")
-  opt_state = jax.vmap(lambda rate, params: method.optimizer(rate).init(params))(
+  opt_state = jax.vmap(lambda rate, params: _optimizer(setup, rate, images[:1]).init(params))(
     lanes.rates, params
   )
   return LaneState(params, model_state, opt_state)
@@ -75,7 +130,12 @@ def init(model: nn.Module, method: Method, lanes: Lanes, images: jax.Array) -> L
 @functools.partial(jax.jit, static_argnames="model")
 def _init_variables(model: nn.Module, seed: jax.Array, images: jax.Array) -> dict:
   key = jax.random.fold_in(jax.random.key(seed), 0)
-  return dict(model.init(key, _scale(images), train=False))
+  return dict(model.init(key, _inputs(images), train=False))
+
+
+def _optimizer(setup: Setup, rate: jax.Array, images: Any) -> optax.GradientTransformationExtraArgs:
+  layers = bnp_optax.linen.layers(setup.model, _inputs(images), train=False, strict=True)
+  return setup.method.make_optimizer(setup.rate(rate), layers)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -88,15 +148,54 @@ def epoch_order(seeds: jax.Array, epoch: int, count: int) -> jax.Array:
   return jax.vmap(lane)(seeds)
 
 
-def take_steps(
-  model: nn.Module,
-  method: Method,
-  batch_size: int,
+def _step(
+  setup: Setup,
   state: LaneState,
+  seed: jax.Array,
+  rate: jax.Array,
+  epoch: int | jax.Array,
+  number: int | jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+) -> tuple[LaneState, jax.Array]:
+  """Takes one step of one run; returns it and the training loss."""
+  params, model_state, opt_state = state
+  optimizer = _optimizer(setup, rate, images)
+  targets = labels.astype(jnp.int32)
+  if setup.augment is not None:
+    # Not the keys of the order of the images, which are those of the epochs themselves.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), epoch)
+    images = AUGMENTATIONS[setup.augment](jax.random.fold_in(key, number), images)
+
+  def loss_fn(params: Tree) -> tuple[jax.Array, dict]:
+    # Every method's loop reports the statistics: where none reads them, the compiler leaves them
+    # out. The loss is a mean over images, or over tokens.
+    with bnp_optax.linen.sow_statistics(example_axes=labels.ndim):
+      logits, variables = setup.model.apply(
+        {"params": params, **model_state},
+        _inputs(images),
+        train=True,
+        mutable=["intermediates", *model_state],
+      )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return losses.mean(), dict(variables)
+
+  (loss, variables), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+  stats = variables.pop("intermediates")
+  updates, opt_state = optimizer.update(grads, opt_state, params, stats=stats)
+  params = optax.apply_updates(params, updates)
+  return LaneState(params, variables, opt_state), loss
+
+
+def take_steps(
+  setup: Setup,
+  state: LaneState,
+  seed: jax.Array,
   rate: jax.Array,
   order: jax.Array,
-  first: int,
-  last: int,
+  epoch: int | jax.Array,
+  first: int | jax.Array,
+  last: int | jax.Array,
   images: jax.Array,
   labels: jax.Array,
 ) -> tuple[LaneState, jax.Array]:
@@ -106,12 +205,12 @@ def take_steps(
   arguments, because the compiler would take long over images that the program closes over.
 
   Args:
-    model: The network, with the method's norm.
-    method: What to train it with.
-    batch_size: Images in a step.
+    setup: What is trained, and how.
     state: The run; without the axis of the lanes.
+    seed: Its seed.
     rate: Its learning rate.
     order: Its order of the images, `[images]`.
+    epoch: Number of the epoch.
     first: First step to take.
     last: First step not to take.
     images: The training images, uint8.
@@ -120,45 +219,24 @@ def take_steps(
   Returns:
     The run after these steps, and the sum over the steps of its training loss.
   """
-  optimizer = optax.with_extra_args_support(method.optimizer(rate))
 
   def step(number: jax.Array, carry: tuple[LaneState, jax.Array]) -> tuple[LaneState, jax.Array]:
-    (params, model_state, opt_state), loss_sum = carry
-    rows = jax.lax.dynamic_slice(order, (number * batch_size,), (batch_size,))
-    targets = labels[rows].astype(jnp.int32)
-
-    def loss_fn(params: Tree) -> tuple[jax.Array, dict]:
-      # Every method's loop reports the statistics: where none reads them, the compiler
-      # leaves them out.
-      with bnp_optax.linen.sow_statistics():
-        logits, variables = model.apply(
-          {"params": params, **model_state},
-          _scale(images[rows]),
-          train=True,
-          mutable=["intermediates", *model_state],
-        )
-      losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-      return losses.mean(), dict(variables)
-
-    (loss, variables), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    stats = variables.pop("intermediates")
-    updates, opt_state = optimizer.update(grads, opt_state, params, stats=stats)
-    params = optax.apply_updates(params, updates)
-    return LaneState(params, variables, opt_state), loss_sum + loss
+    state, loss_sum = carry
+    start = number * setup.batch_size
+    rows = jax.lax.dynamic_slice(order, (start,), (setup.batch_size,))
+    state, loss = _step(setup, state, seed, rate, epoch, number, images[rows], labels[rows])
+    return state, loss_sum + loss
 
   return jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
 
 
-@functools.partial(
-  jax.jit, static_argnames=("model", "method", "batch_size"), donate_argnames="state"
-)
-def advance(
-  model: nn.Module,
-  method: Method,
-  batch_size: int,
+@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
+def _advance(
+  setup: Setup,
   state: LaneState,
-  rates: jax.Array,
+  lanes: Lanes,
   order: jax.Array,
+  epoch: int,
   first: int,
   last: int,
   images: jax.Array,
@@ -166,21 +244,64 @@ def advance(
 ) -> tuple[LaneState, jax.Array]:
   """`take_steps` for a stack of lanes, whose buffers are given away; all lanes see all images."""
 
-  def lane(state: LaneState, rate: jax.Array, order: jax.Array) -> tuple[LaneState, jax.Array]:
-    return take_steps(model, method, batch_size, state, rate, order, first, last, images, labels)
+  def lane(
+    state: LaneState, seed: jax.Array, rate: jax.Array, order: jax.Array
+  ) -> tuple[LaneState, jax.Array]:
+    return take_steps(setup, state, seed, rate, order, epoch, first, last, images, labels)
 
-  return jax.vmap(lane)(state, rates, order)
+  return jax.vmap(lane)(state, *lanes, order)
+
+
+def take_steps_in_turn(
+  setup: Setup,
+  state: LaneState,
+  seed: jax.Array,
+  rate: jax.Array,
+  order: np.ndarray,
+  epoch: int,
+  first: int,
+  last: int,
+  images: np.ndarray,
+  labels: np.ndarray,
+) -> tuple[LaneState, jax.Array]:
+  """What `take_steps` does, by one call of a compiled step after another.
+
+  The batch is split over the devices, if it is large enough.
+  """
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[: setup.devices]), ("batch",))
+  split = jax.NamedSharding(mesh, jax.P("batch"))
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  state, seed, rate, loss_sum = jax.device_put((state, seed, rate, jnp.zeros(())), everywhere)
+  for number in range(first, last):
+    rows = order[number * setup.batch_size : (number + 1) * setup.batch_size]
+    batch = jax.device_put((images[rows], labels[rows]), split)
+    state, loss_sum = _take_step(
+      setup, everywhere, state, loss_sum, seed, rate, np.int32(epoch), np.int32(number), *batch
+    )
+  return state, loss_sum.block_until_ready()
+
+
+@functools.partial(
+  jax.jit, static_argnames=("setup", "everywhere"), donate_argnames=("state", "loss_sum")
+)
+def _take_step(
+  setup: Setup,
+  everywhere: jax.NamedSharding,
+  state: LaneState,
+  loss_sum: jax.Array,
+  *args: Any,
+) -> tuple[LaneState, jax.Array]:
+  state, loss = _step(setup, state, *args)
+  return jax.lax.with_sharding_constraint((state, loss_sum + loss), everywhere)
 
 
 def train_epoch(
-  model: nn.Module,
-  method: Method,
-  batch_size: int,
+  setup: Setup,
   state: LaneState,
   lanes: Lanes,
   epoch: int,
-  images: jax.Array,
-  labels: jax.Array,
+  images: np.ndarray,
+  labels: np.ndarray,
   *,
   on_steps: Callable[[int], None],
 ) -> tuple[LaneState, np.ndarray]:
@@ -189,52 +310,72 @@ def train_epoch(
   Images that do not fill a last batch are left out of this epoch.
 
   Args:
-    model: The network, with the method's norm.
-    method: What to train it with.
-    batch_size: Images in a step.
+    setup: What is trained, and how.
     state: The lanes; its buffers are given away.
     lanes: Their seeds and rates.
     epoch: Number of the epoch, from 1.
-    images: The training images, uint8.
+    images: The training images, uint8: on the device where lanes are stacked, else on the host.
     labels: Their labels.
-    on_steps: Called every now and then, with the number of steps taken since.
+    on_steps: Called every now and then, with the number of steps of all lanes taken since.
 
   Returns:
     The lanes after the epoch, and the mean over its steps of the training loss of each lane.
   """
-  steps = len(images) // batch_size
+  count = len(lanes.seeds)
   order = epoch_order(lanes.seeds, epoch, len(images))
-  stride = max(1, _IMAGES_A_CALL // (batch_size * len(lanes.seeds)))
-  loss_sum = np.zeros(len(lanes.seeds))
-  for first in range(0, steps, stride):
-    last = min(first + stride, steps)
-    state, losses = advance(
-      model, method, batch_size, state, lanes.rates, order, first, last, images, labels
-    )
-    # Summed in double precision: there may be tens of thousands of steps.
-    loss_sum += np.asarray(losses, np.float64)
-    on_steps(last - first)
-  return state, loss_sum / steps
+  # Summed in double precision: there may be tens of thousands of steps.
+  loss_sum = np.zeros(count)
+  if setup.stacked:
+    for first, last in _strides(setup.steps, _IMAGES_A_CALL // (setup.batch_size * count)):
+      state, losses = _advance(setup, state, lanes, order, epoch, first, last, images, labels)
+      loss_sum += np.asarray(losses, np.float64)
+      on_steps(count * (last - first))
+    return state, loss_sum / setup.steps
+  trained = []
+  for lane, lane_order in enumerate(np.asarray(order)):
+    alone, seed, rate = jax.tree.map(lambda leaf, lane=lane: leaf[lane], (state, *lanes))
+    for first, last in _strides(setup.steps, _STEPS_AHEAD):
+      alone, losses = take_steps_in_turn(
+        setup, alone, seed, rate, lane_order, epoch, first, last, images, labels
+      )
+      loss_sum[lane] += float(losses)
+      on_steps(last - first)
+    trained.append(jax.device_put(alone, jax.devices()[0]))
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained), loss_sum / setup.steps
 
 
-def evaluate(
-  model: nn.Module, state: LaneState, images: jax.Array, labels: jax.Array
-) -> Evaluation:
+def _strides(steps: int, stride: int) -> list[tuple[int, int]]:
+  stride = max(1, stride)
+  return [(first, min(first + stride, steps)) for first in range(0, steps, stride)]
+
+
+def evaluate(setup: Setup, state: LaneState, images: np.ndarray, labels: np.ndarray) -> Evaluation:
   """Accuracy and mean loss of each lane; a lane that has diverged is at chance, with loss NaN."""
-  correct = loss = 0
+  stack = (state.params, state.model_state)
+  lanes = len(jax.tree.leaves(stack)[0])
+  # A stack of one at a time, where stacks are slow.
+  stacks = (
+    [stack]
+    if setup.stacked
+    else [
+      jax.tree.map(lambda leaf, lane=lane: leaf[lane : lane + 1], stack) for lane in range(lanes)
+    ]
+  )
+  correct, loss = np.zeros(lanes, np.int64), np.zeros(lanes)
   for start in range(0, len(images), _EVALUATED_AT_ONCE):
     rows = slice(start, start + _EVALUATED_AT_ONCE)
-    chunk_correct, chunk_loss = _evaluate_chunk(
-      model, state.params, state.model_state, *_pad(images[rows], labels[rows])
-    )
-    correct += np.asarray(chunk_correct, np.int64)
-    loss += np.asarray(chunk_loss, np.float64)
-  return Evaluation(np.asarray(correct / len(images)), np.asarray(loss / len(images)))
+    chunk = _pad(images[rows], labels[rows])
+    parts = [_evaluate_chunk(setup.model, setup.stacked, *stack, *chunk) for stack in stacks]
+    chunk_correct, chunk_loss = (np.concatenate(part) for part in zip(*parts, strict=True))
+    correct += chunk_correct
+    loss += chunk_loss
+  return Evaluation(correct / labels.size, loss / labels.size)
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "stacked"))
 def _evaluate_chunk(
   model: nn.Module,
+  stacked: bool,
   params: Tree,
   model_state: dict,
   images: jax.Array,
@@ -242,25 +383,30 @@ def _evaluate_chunk(
 ) -> tuple[jax.Array, jax.Array]:
   def lane(params: Tree, model_state: dict) -> tuple[jax.Array, jax.Array]:
     logits = cast(
-      jax.Array, model.apply({"params": params, **model_state}, _scale(images), train=False)
+      jax.Array, model.apply({"params": params, **model_state}, _inputs(images), train=False)
     )
     there = labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     correct = there & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels)
     return jnp.sum(correct), jnp.sum(jnp.where(there, losses, 0))
 
-  return jax.vmap(lane)(params, model_state)
+  if stacked:
+    return jax.vmap(lane)(params, model_state)
+  correct, loss = lane(*jax.tree.map(lambda leaf: leaf[0], (params, model_state)))
+  return correct[None], loss[None]
 
 
-def _pad(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pad(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Fills a chunk up with images of label -1, so that all chunks share one compiled program."""
-  short = _EVALUATED_AT_ONCE - len(images)
-  padding = [(0, short)] + [(0, 0)] * (images.ndim - 1)
+  short = (0, _EVALUATED_AT_ONCE - len(images))
   return (
-    jnp.pad(images, padding),
-    jnp.pad(labels.astype(jnp.int32), (0, short), constant_values=-1),
+    np.pad(images, [short] + [(0, 0)] * (images.ndim - 1)),
+    np.pad(labels.astype(np.int32), [short] + [(0, 0)] * (labels.ndim - 1), constant_values=-1),
   )
 
 
-def _scale(images: jax.Array) -> jax.Array:
+def _inputs(images: Any) -> jax.Array:
+  """What a network reads: images on the scale from 0 to 1, tokens as they are."""
+  if images.ndim == 2:
+    return images.astype(jnp.int32)
   return images.astype(jnp.float32) / 255

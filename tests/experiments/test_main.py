@@ -39,7 +39,7 @@ def small_experiment(monkeypatch):
   monkeypatch.setattr(
     protocol.timing,
     "step_times",
-    lambda network, methods, *rest: {method: [1.0, 2.0, 3.0] for method in methods},
+    lambda setups, *images: {setup: [1.0, 2.0, 3.0] for setup in setups},
   )
 
 
@@ -85,16 +85,14 @@ def test_missing_data_is_one_line(call, capsys, tmp_path, monkeypatch):
 
 def test_list_names_the_experiments(call, capsys):
   assert call("list") == 0
-  assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-    "quickstart",
-    "optimizers",
-  ]
+  names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+  assert names[:3] == ["quickstart", "optimizers", "fig3-left"]
 
 
 def test_quickstart_from_command_to_picture(call, capsys, tmp_path):
   arguments = ["run", "quickstart", *SMALL, "--epochs", "2"]
   assert call(*arguments) == 0
-  folder = tmp_path / "bnp_optax_results" / "quickstart-digits"
+  folder = tmp_path / "bnp_optax_results" / "quickstart-digits-laptop"
   output = capsys.readouterr().out
   assert f"picture: {folder.relative_to(tmp_path)}/quickstart.png" in output
   assert "BNP" in output

@@ -44,7 +44,8 @@ def test_find_takes_the_records_that_have_all_the_fields(tmp_path):
     assert len(results.find(rate=0.3)) == 2
     assert results.find(method="bnp", seeds=(1, 2))[0]["method"] == "bnp"
     assert results.find(method="bnp", rate=0.1) == []
-    assert results.find(nothing=None) == []
+    assert len(results.find(method="bnp", nothing=None)) == 1
+    assert results.find(rate=0.3, method=None) == []
 
 
 def test_what_diverged_is_null(tmp_path):

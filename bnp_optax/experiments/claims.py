@@ -1,0 +1,162 @@
+"""What is claimed of an experiment, and the rules by which a claim holds or does not.
+
+"Better" holds where every run of the one is above every run of the other, fails where every one is
+below, and is within the spread in between. "Comparable" holds where the means are at most two
+points apart. "Faster at the start" is better in the mean over the first third of the epochs. A
+network "trains" if it ends above twice chance, which is 10 % on the data sets of ten classes.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from bnp_optax.experiments.outcomes import Outcome, find, percent
+
+Verdict = Literal["holds", "does not hold", "within the spread", "not run"]
+_COMPARABLE = 0.02
+_TRAINS = 0.2
+
+
+class Judgement(NamedTuple):
+  """Whether a claim holds, and the numbers that say so."""
+
+  verdict: Verdict
+  measured: str
+
+
+Judge = Callable[[Sequence[Outcome]], Judgement]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One claim: what it says, in a line, and how it is judged."""
+
+  text: str
+  judge: Judge
+
+
+def better(method: str, *others: str, batch_size: int | None = None, early: bool = False) -> Judge:
+  """Judges whether a method is above each of the others at the end, or over the first epochs."""
+
+  def values(outcome: Outcome) -> np.ndarray:
+    return outcome.early if early else outcome.final
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    if values(ours).min() > values(theirs).max():
+      return "holds"
+    return "does not hold" if values(ours).max() < values(theirs).min() else "within the spread"
+
+  return _comparing(method, others, batch_size, values, compare)
+
+
+def below(method: str, *others: str, batch_size: int | None = None) -> Judge:
+  """Judges whether a method ends below each of the others."""
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    if ours.final.max() < theirs.final.min():
+      return "holds"
+    return "does not hold" if ours.final.min() > theirs.final.max() else "within the spread"
+
+  return _comparing(method, others, batch_size, lambda outcome: outcome.final, compare)
+
+
+def comparable(method: str, *others: str, batch_size: int | None = None) -> Judge:
+  """Judges whether a method ends within two points of each of the others."""
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    apart = abs(ours.final.mean() - theirs.final.mean())
+    return "holds" if apart <= _COMPARABLE else "does not hold"
+
+  return _comparing(method, others, batch_size, lambda outcome: outcome.final, compare)
+
+
+def trains(*methods: str, batch_size: int | None = None) -> Judge:
+  """Judges whether networks learn at all with these methods."""
+  return _each(methods, batch_size, lambda outcome: outcome.final.min() > _TRAINS)
+
+
+def fails(*methods: str, batch_size: int | None = None) -> Judge:
+  """Judges whether networks learn nothing with these methods."""
+  return _each(methods, batch_size, lambda outcome: outcome.final.max() <= _TRAINS)
+
+
+def falls_back(method: str) -> Judge:
+  """Judges whether a method's test accuracy ends more than half a point below its best."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    outcome = find(outcomes, method, None)
+    if outcome is None:
+      return _not_run(method)
+    means = outcome.test_accuracy.mean(axis=1)
+    best = int(np.argmax(means))
+    measured = f"best {means[best]:.1%} after epoch {best + 1}, last {means[-1]:.1%}"
+    return Judgement("holds" if means[best] - means[-1] > 0.005 else "does not hold", measured)
+
+  return judge
+
+
+def steady(method: str, *batch_sizes: int) -> Judge:
+  """Judges whether a method ends within two points of the same at these batch sizes."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    found = [find(outcomes, method, batch_size) for batch_size in batch_sizes]
+    there = [outcome for outcome in found if outcome is not None]
+    if len(there) < len(found):
+      return _not_run(method)
+    means = [outcome.final.mean() for outcome in there]
+    return Judgement(
+      "holds" if max(means) - min(means) <= _COMPARABLE else "does not hold",
+      ", ".join(f"{outcome.batch_size}: {percent(outcome.final)}" for outcome in there),
+    )
+
+  return judge
+
+
+def _comparing(
+  method: str,
+  others: Sequence[str],
+  batch_size: int | None,
+  values: Callable[[Outcome], np.ndarray],
+  compare: Callable[[Outcome, Outcome], Verdict],
+) -> Judge:
+  """Judges a method against each of the others; the least favourable comparison counts."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    ours, *theirs = (find(outcomes, name, batch_size) for name in (method, *others))
+    if ours is None or None in theirs:
+      missing = [name for name in (method, *others) if find(outcomes, name, batch_size) is None]
+      return _not_run(*missing)
+    there = [outcome for outcome in theirs if outcome is not None]
+    return Judgement(
+      _least_favourable([compare(ours, outcome) for outcome in there]),
+      ", ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *there)),
+    )
+
+  return judge
+
+
+def _each(
+  methods: Sequence[str], batch_size: int | None, holds: Callable[[Outcome], np.bool_]
+) -> Judge:
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    found = [find(outcomes, name, batch_size) for name in methods]
+    there = [outcome for outcome in found if outcome is not None]
+    if len(there) < len(found):
+      return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
+    return Judgement(
+      "holds" if all(map(holds, there)) else "does not hold",
+      ", ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in there),
+    )
+
+  return judge
+
+
+def _least_favourable(verdicts: Sequence[Verdict]) -> Verdict:
+  order: tuple[Verdict, ...] = ("does not hold", "within the spread", "holds")
+  return min(verdicts, key=order.index)
+
+
+def _not_run(*methods: str) -> Judgement:
+  return Judgement("not run", f"no results of {', '.join(methods)}")

@@ -1,0 +1,346 @@
+"""The batch normalization layers that Flax lacks, for comparison with BNP.
+
+They read and keep what `flax.linen.BatchNorm` does: features are the last axis, `scale` and `bias`
+are parameters, running averages are in the collection `batch_stats`, and training is
+`use_running_average=False`. Sums are taken in float32 at least.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnp_optax._statistics import accumulation_dtype
+
+_Moments = tuple[jax.Array, jax.Array]
+# The parameters of a normalization layer, and where they change nothing.
+_IDENTITY = {"scale": 1.0, "bias": 0.0}
+
+
+class BatchRenorm(nn.Module):
+  """Batch Renormalization: BatchNorm that corrects towards its own running averages.
+
+  With the mean m and the deviation s = sqrt(variance + epsilon) of the batch, their running
+  averages mu and sigma from before this step, and no gradient through r and d::
+
+      r = clip(s / sigma, 1 / r_max, r_max)        d = clip((m - mu) / sigma, -d_max, d_max)
+      y = scale ((x - m) / s r + d) + bias
+      mu <- mu + (1 - momentum) (m - mu)           sigma <- sigma + (1 - momentum) (s - sigma)
+
+  and y = scale (x - mu) / sigma + bias in inference. With ``r_max=1, d_max=0`` it trains as
+  BatchNorm does; as long as nothing is clipped, outputs in training are those of inference.
+
+  The running averages are of the deviation, as the paper has it, where `flax.linen.BatchNorm` has
+  the variance. `tf.keras.layers.BatchNormalization` with ``renorm=True`` clips nothing unless it is
+  told to, which is ``r_max=math.inf, d_max=math.inf`` here, and corrects towards second running
+  averages with a momentum of their own; until TensorFlow 1, those were mixed with the batch's own
+  mean and deviation in the first steps.
+
+  Examples:
+    >>> import bnp_optax.normalization, jax, jax.numpy as jnp
+    >>> norm = bnp_optax.normalization.BatchRenorm(momentum=0.9, r_max=3.0, d_max=5.0)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
+    >>> y, updates = norm.apply(
+    ...   variables, x, use_running_average=False, mutable=["batch_stats"]
+    ... )
+    >>> print(y.ravel())  # corrected to what the running mean 0 and deviation 1 make of x
+    [1. 3.]
+    >>> print(updates["batch_stats"]["mean"], updates["batch_stats"]["count"])
+    [0.2] 1
+
+  Attributes:
+    use_running_average: whether to normalize with the running averages, in inference. Give it here
+      or to the call.
+    momentum: decay of the running averages, 1 - alpha in the paper.
+    epsilon: added to the variance.
+    r_max: how far r may be from 1, at least 1; a number, or a schedule of the steps taken. As the
+      paper has it: 1 for 5,000 steps, then rising in a straight line to 3 at 40,000.
+    d_max: how far d may be from 0; likewise. As the paper has it: 0 for 5,000 steps, then rising in
+      a straight line to 5 at 25,000.
+
+  References:
+    Ioffe, [Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+    Models](https://arxiv.org/abs/1702.03275), NeurIPS 2017: Algorithm 1, and Section 4 for the
+    limits.
+  """
+
+  use_running_average: bool | None = None
+  momentum: float = 0.99
+  epsilon: float = 1e-5
+  r_max: float | optax.Schedule = optax.linear_schedule(1.0, 3.0, 35_000, 5_000)
+  d_max: float | optax.Schedule = optax.linear_schedule(0.0, 5.0, 20_000, 5_000)
+
+  @nn.compact
+  def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+    """Normalizes each feature.
+
+    Args:
+      x: ``[..., features]``.
+      use_running_average: as the attribute; only one of the two may be given.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: while tracing, if `x` does not hold floating-point numbers.
+      ValueError: while tracing, if `r_max` is below 1 or `d_max` below 0.
+    """
+    inference = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+    features, dtype = x.shape[-1], _sum_dtype(self, x)
+    mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+    deviation = self.variable("batch_stats", "deviation", jnp.ones, features, dtype)
+    count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+    axes, shape = tuple(range(x.ndim - 1)), (1,) * (x.ndim - 1) + (features,)
+    mu, sigma = mean.value.reshape(shape), deviation.value.reshape(shape)
+    inputs = x.astype(dtype)
+    if inference:
+      normalized = (inputs - mu) / sigma
+    else:
+      r_max = self._limit("r_max", 1.0, count.value, dtype)
+      d_max = self._limit("d_max", 0.0, count.value, dtype)
+      m = jnp.mean(inputs, axes, keepdims=True)
+      s = jnp.sqrt(jnp.var(inputs, axes, keepdims=True) + self.epsilon)
+      r = jax.lax.stop_gradient(jnp.clip(s / sigma, 1 / r_max, r_max))
+      d = jax.lax.stop_gradient(jnp.clip((m - mu) / sigma, -d_max, d_max))
+      normalized = (inputs - m) / s * r + d
+      if not self.is_initializing():
+        mean.value = (mu + (1 - self.momentum) * (m - mu)).reshape(features)
+        deviation.value = (sigma + (1 - self.momentum) * (s - sigma)).reshape(features)
+        count.value = count.value + 1
+    return _affine(self, normalized, x)
+
+  def _limit(self, name: str, least: float, count: jax.Array, dtype: Any) -> jax.Array:
+    limit = getattr(self, name)
+    if not callable(limit) and limit < least:
+      raise ValueError(f"{_name(self)}: {name} must be at least {least:g}, not {limit}.")
+    return jnp.asarray(limit(count) if callable(limit) else limit, dtype)
+
+
+class GhostBatchNorm(nn.Module):
+  """BatchNorm within small parts of the batch, groups of channels, and with the example itself.
+
+  Training divides the examples into ghost batches of consecutive examples, and the channels into
+  groups of consecutive channels; what is in the same ghost batch and the same group is normalized
+  together, over all positions: ``y = scale (x - mean) / sqrt(variance + epsilon) + bias``. It is
+
+  - BatchNorm without any other argument;
+  - Ghost BatchNorm with `ghost_size`, which regularizes at large batches;
+  - the combination of BatchNorm and GroupNorm with `num_groups` or `group_size`, for small batches;
+    a ghost batch of one example is GroupNorm (but for inference).
+
+  The combination is one normalization over examples and channels together, not one after the other.
+
+  Inference mixes the running averages with the example's own moments, by a = `example_weight`: per
+  channel, E[x] = (1 - a) running E[x] + a example's E[x], and likewise E[x^2]. Both are averaged
+  over a group of channels, and mean and variance follow. That works on any trained network, so `a`
+  is chosen after training, on held-out data.
+
+  The running averages are of each channel's E[x] and E[x^2] over the whole batch, once a step. They
+  are kept as the mean and as the variance E[x^2] - E[x]^2, which contains how far the means of the
+  batches are apart; the running variance of `flax.linen.BatchNorm` does not. Hoffer et al. count
+  each ghost batch as a step, and average its deviation.
+
+  Examples:
+    >>> import bnp_optax.normalization, jax, jax.numpy as jnp
+    >>> norm = bnp_optax.normalization.GhostBatchNorm(ghost_size=2)
+    >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
+    >>> y, updates = norm.apply(
+    ...   variables, x, use_running_average=False, mutable=["batch_stats"]
+    ... )
+    >>> print(y.ravel().round(3))
+    [-1.  1. -1.  1.]
+    >>> print(updates["batch_stats"]["mean"])
+    [0.11]
+
+  Attributes:
+    use_running_average: whether to normalize with the running averages, in inference. Give it here
+      or to the call.
+    momentum: decay of the running averages.
+    epsilon: added to the variance.
+    ghost_size: examples in a ghost batch; None for the whole batch. A smaller batch is one ghost
+      batch.
+    num_groups: how many groups of channels there are. Give this, or `group_size`, or none of them
+      for each channel by itself.
+    group_size: how many channels a group has.
+    example_weight: weight of the example's own moments in inference, from 0 to 1.
+
+  References:
+    Hoffer, Hubara and Soudry, [Train longer, generalize better: closing the generalization gap in
+    large batch training of neural networks](https://arxiv.org/abs/1705.08741), NeurIPS 2017:
+    Algorithm 1.
+
+    Summers and Dinneen, [Four Things Everyone Should Know to Improve Batch
+    Normalization](https://arxiv.org/abs/1906.03548), ICLR 2020, in the form of the [authors'
+    code](https://github.com/ceciliaresearch/four_things_batch_norm).
+  """
+
+  use_running_average: bool | None = None
+  momentum: float = 0.99
+  epsilon: float = 1e-5
+  ghost_size: int | None = None
+  num_groups: int | None = None
+  group_size: int | None = None
+  example_weight: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+    """Normalizes the channels.
+
+    Args:
+      x: ``[batch, ..., channels]``.
+      use_running_average: as the attribute; only one of the two may be given.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: while tracing, if `x` does not hold floating-point numbers.
+      ValueError: while tracing, if the batch is no whole number of ghost batches, or the channels
+        no whole number of groups; or if `example_weight` is not between 0 and 1.
+    """
+    inference = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+    (batch, *positions, channels), dtype = x.shape, _sum_dtype(self, x)
+    groups = self._groups(channels)
+    if not 0 <= self.example_weight <= 1:
+      raise ValueError(
+        f"{_name(self)}: example_weight must be from 0 to 1, not {self.example_weight}."
+      )
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
+    running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
+    ghosts = batch if inference else self._ghosts(batch)
+    # [ghosts, examples, *positions, groups, channels of a group]
+    shape = (ghosts, batch // ghosts, *positions, groups, channels // groups)
+    values = x.astype(dtype).reshape(shape)
+    rows, last = tuple(range(1, values.ndim - 2)), values.ndim - 1
+    running_shape = (1,) * (values.ndim - 2) + shape[-2:]
+    running = running_mean.value.reshape(running_shape), running_var.value.reshape(running_shape)
+    if inference:
+      mean, variance = _mix(running, _moments(values, rows), self.example_weight)
+      variance = jnp.mean(variance, last, keepdims=True) + jnp.var(mean, last, keepdims=True)
+      mean = jnp.mean(mean, last, keepdims=True)
+    else:
+      mean, variance = _moments(values, (*rows, last))
+      if not self.is_initializing():
+        new = _mix(running, _moments(values, (0, *rows)), 1 - self.momentum)
+        running_mean.value, running_var.value = (moment.reshape(channels) for moment in new)
+    normalized = (values - mean) / jnp.sqrt(variance + self.epsilon)
+    return _affine(self, normalized.reshape(x.shape), x)
+
+  def _ghosts(self, batch: int) -> int:
+    size = batch if self.ghost_size is None else min(self.ghost_size, batch)
+    if size < 1 or batch % size:
+      raise ValueError(
+        f"{_name(self)}: {batch} examples cannot be divided into ghost batches of "
+        f"{self.ghost_size}. Choose a ghost_size that divides the batch size."
+      )
+    return batch // size
+
+  def _groups(self, channels: int) -> int:
+    if self.num_groups is not None and self.group_size is not None:
+      raise ValueError(f"{_name(self)}: give num_groups or group_size, not both.")
+    if self.num_groups is not None:
+      divisor, wanted = self.num_groups, f"{self.num_groups} groups: choose another num_groups"
+    else:
+      divisor = 1 if self.group_size is None else self.group_size
+      wanted = f"groups of {divisor}: choose another group_size"
+    if divisor < 1 or channels % divisor:
+      raise ValueError(f"{_name(self)}: {channels} channels cannot be divided into {wanted}.")
+    return channels // divisor if self.num_groups is None else divisor
+
+
+def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformation:
+  r"""Decays what normalization layers multiply with and add: towards 1 and 0, the identity.
+
+  The gradient of ``weight_decay / 2 (sum (scale - 1)^2 + sum bias^2)`` over all normalization
+  layers is added to the updates: put it before the optimizer. A normalization layer is whatever has
+  a parameter ``scale`` and no ``kernel``. (`optax.add_decayed_weights` decays towards 0.)
+
+  Examples:
+    >>> import bnp_optax.normalization, jax.numpy as jnp, optax
+    >>> params = {
+    ...   "dense": {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0])},
+    ...   "norm": {"scale": jnp.array([3.0]), "bias": jnp.array([2.0])},
+    ... }
+    >>> tx = bnp_optax.normalization.add_decayed_scale_and_bias(0.1)
+    >>> updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    >>> updates["dense"]["bias"], updates["norm"]["scale"], updates["norm"]["bias"]
+    (Array([0.], dtype=float32), Array([0.2], dtype=float32), Array([0.2], dtype=float32))
+
+  Args:
+    weight_decay: how strong the decay is.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: from its update, if the parameters are not handed over.
+
+  References:
+    Summers and Dinneen, [Four Things Everyone Should Know to Improve Batch
+    Normalization](https://arxiv.org/abs/1906.03548), ICLR 2020; that the scale decays towards 1 is
+    from the [authors' code](https://github.com/ceciliaresearch/four_things_batch_norm).
+  """
+
+  def add(updates: Any, params: Any) -> Any:
+    if params is None:
+      raise ValueError("add_decayed_scale_and_bias needs the parameters: update(..., params).")
+    names: dict[Any, set[str]] = {}
+    for path, _ in jax.tree.leaves_with_path(params):
+      names.setdefault(path[:-1], set()).add(_last(path))
+
+    def decayed(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+      siblings = names.get(path[:-1], set())
+      if "scale" not in siblings or "kernel" in siblings or _last(path) not in _IDENTITY:
+        return update
+      return update + weight_decay * (param - _IDENTITY[_last(path)])
+
+    return jax.tree.map_with_path(decayed, updates, params)
+
+  return optax.stateless(add)
+
+
+def _last(path: Any) -> str:
+  return jax.tree_util.keystr(path[-1:], simple=True)
+
+
+def _mix(old: _Moments, new: _Moments, weight: float) -> _Moments:
+  """Mean and variance of a mixture of two distributions, the new one with this weight.
+
+  It is averaging E[x] and E[x^2], without the cancellation of E[x^2] - E[x]^2.
+  """
+  (mean, variance), (new_mean, new_variance) = old, new
+  apart = new_mean - mean
+  return (
+    mean + weight * apart,
+    variance + weight * (new_variance - variance) + weight * (1 - weight) * apart**2,
+  )
+
+
+def _moments(values: jax.Array, axes: tuple[int, ...]) -> _Moments:
+  return jnp.mean(values, axes, keepdims=True), jnp.var(values, axes, keepdims=True)
+
+
+def _affine(module: nn.Module, normalized: jax.Array, x: jax.Array) -> jax.Array:
+  """Multiplies with the scale and adds the bias."""
+  shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+  dtype = normalized.dtype
+  scale, bias = (
+    module.param(name, nn.initializers.constant(value), x.shape[-1:], dtype)
+    for name, value in _IDENTITY.items()
+  )
+  scale, bias = scale.astype(dtype).reshape(shape), bias.astype(dtype).reshape(shape)
+  return (normalized * scale + bias).astype(x.dtype)
+
+
+def _sum_dtype(module: nn.Module, x: jax.Array) -> Any:
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise TypeError(f"{_name(module)}: inputs must be floating-point numbers, not {x.dtype}.")
+  return accumulation_dtype(x.dtype)
+
+
+def _name(module: nn.Module) -> str:
+  return "/".join(module.path) or type(module).__name__
