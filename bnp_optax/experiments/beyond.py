@@ -42,6 +42,7 @@ OPTIMIZERS = Experiment(
   epochs=None,
   seeds=3,
   timed=True,
+  picture="rates",
   scales={"smoke": SMOKE},
 )
 

@@ -1,5 +1,6 @@
 """The pictures of an experiment, drawn from its outcomes alone."""
 
+from collections.abc import Iterable
 import pathlib
 
 import matplotlib
@@ -11,7 +12,7 @@ import numpy as np
 
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.outcomes import Outcome
-from bnp_optax.experiments.report import caption
+from bnp_optax.experiments.report import caption, count
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -51,10 +52,9 @@ def draw(
   """
   if not gathered:
     return []
-  paths = {"curves": {"": _curves}, "batch_sizes": {"": _batch_sizes, "-rates": _rates}}
   drawn = []
   with plt.style.context(_STYLE):
-    for suffix, paint in paths[experiment.picture].items():
+    for suffix, paint in _PICTURES[experiment.picture].items():
       figure = paint(experiment, gathered)
       drawn.append(folder / f"{experiment.name}{suffix}.png")
       figure.savefig(drawn[-1], dpi=200, bbox_inches="tight", facecolor="white")
@@ -86,7 +86,7 @@ def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   axes[0, 0].set_ylabel("test accuracy (solid)")
   axes[1, 0].set_ylabel("training loss (dashed)")
   _scale_accuracy(axes[0, 0], np.array([outcome.test_accuracy.max() for outcome in gathered]))
-  _scale_loss(axes[1, 0])
+  _scale_loss(axes[1])
   figure.align_ylabels()
   _legend(experiment, gathered, axes[0, 0])
   _footer(
@@ -150,9 +150,16 @@ def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   _footer(
     *(panels[0, 0], -0.25),
     f"{experiment.dataset}{images}, {experiment.network.title}, "
-    f"{experiment.selection_length} epochs, one seed.",
+    f"{count(experiment.selection_length, 'epoch')}, one seed.",
   )
   return figure
+
+
+_PICTURES = {
+  "curves": {"": _curves},
+  "batch_sizes": {"": _batch_sizes, "-rates": _rates},
+  "rates": {"": _rates},
+}
 
 
 def _legend(experiment: Experiment, gathered: list[Outcome], axes: Axes) -> None:
@@ -189,12 +196,13 @@ def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def _scale_loss(axes: Axes) -> None:
+def _scale_loss(row: Iterable[Axes]) -> None:
   """Gives the loss a logarithmic axis where it falls to a small part of what it was."""
-  low, high = axes.dataLim.intervaly
-  if low > 0 and high / low > _WIDE:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
+  low, high = np.transpose([axes.dataLim.intervaly for axes in row])
+  if low.min() > 0 and high.max() / low.min() > _WIDE:
+    for axes in row:
+      axes.set_yscale("log")
+      axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _line(axes: Axes, outcome: Outcome, values: np.ndarray, style: str) -> None:

@@ -20,7 +20,7 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
     times = results.find(**experiment.time_settings(batch_size))
     measured = times[-1] if times else {"seconds": {}, "relative_to_sgd": {}}
     for method in experiment.methods:
-      chosen: Record = {"rate": experiment.rates[0], "validation_accuracy": []}
+      chosen: Record = {"rate": min(experiment.rates), "validation_accuracy": []}
       if len(experiment.rates) > 1:
         records = results.find(**experiment.rate_settings(method, batch_size))
         if not records:
@@ -105,10 +105,14 @@ def _judged(experiment: Experiment, folder: pathlib.Path) -> Iterator[tuple[str,
 
 def caption(experiment: Experiment) -> str:
   """The setting of an experiment, in one line."""
-  runs = "1 seed" if experiment.seeds == 1 else f"{experiment.seeds} seeds"
-  epochs = "1 epoch" if experiment.length == 1 else f"{experiment.length} epochs"
+  runs, epochs = count(experiment.seeds, "seed"), count(experiment.length, "epoch")
   images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
   return f"{experiment.dataset}{images}, {experiment.network.title}, {epochs}, {runs}"
+
+
+def count(number: int, thing: str) -> str:
+  """Such as "1 epoch" and "3 epochs"."""
+  return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _note(experiment: Experiment) -> str:

@@ -19,7 +19,7 @@ from bnp_optax.experiments.models import Norm, normalize
 
 
 def batch_norm(train: bool) -> nn.Module:
-  """BatchNorm with the defaults of PyTorch."""
+  """BatchNorm with the momentum and epsilon of PyTorch."""
   return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
 
 
