@@ -4,6 +4,7 @@
 below, and is within the spread in between. "Comparable" holds where the means are at most two
 points apart. "Faster at the start" is better in the mean over the first third of the epochs. A
 network "trains" if it ends above twice chance, which is 10 % on the data sets of ten classes.
+Times are compared by the quartiles of their ratio over rounds of measuring.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,6 +94,21 @@ def falls_back(method: str) -> Judge:
     best = int(np.argmax(means))
     measured = f"best {means[best]:.1%} after epoch {best + 1}, last {means[-1]:.1%}"
     return Judgement("holds" if means[best] - means[-1] > 0.005 else "does not hold", measured)
+
+  return judge
+
+
+def quicker(method: str, other: str, batch_size: int) -> Judge:
+  """Judges whether a step of a method takes less time than one of another, round by round."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    ours, theirs = (find(outcomes, name, batch_size) for name in (method, other))
+    if ours is None or theirs is None or not len(ours.seconds):
+      return Judgement("not run", "no times")
+    low, middle, high = np.percentile(ours.seconds / theirs.seconds, [25, 50, 75])
+    verdict = "holds" if high < 1 else "does not hold" if low > 1 else "within the spread"
+    ratio = f"{ours.method.label} / {theirs.method.label}"
+    return Judgement(verdict, f"{ratio} {middle:.2f} ({low:.2f}–{high:.2f})")
 
   return judge
 

@@ -5,6 +5,7 @@ The files lie in `$BNP_OPTAX_DATA`, or else in `~/.cache/bnp_optax`:
     mnist/, fashion_mnist/   {train,t10k}-{images-idx3,labels-idx1}-ubyte, with or without .gz
     cifar10/cifar-10-batches-bin/    data_batch_1.bin ... data_batch_5.bin, test_batch.bin
     cifar100/cifar-100-binary/       train.bin, test.bin
+    imagenet/                        see `imagenet.py`
 
 What is missing is fetched. What is there is read as it is, however it was compressed: it is the
 arrays that are checked, by the sha256 of their bytes. For CIFAR-100 no such hash is known to us:
@@ -18,14 +19,15 @@ import os
 import pathlib
 import tarfile
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnp_optax.experiments import formats
+from bnp_optax.experiments import formats, imagenet
 from bnp_optax.experiments.errors import DataError, UsageError
 
 _DIGITS_TEST_IMAGES = 500
+_CHARACTERS_A_ROW = 64
 _MNIST_FILES = (
   ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
   ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
@@ -33,12 +35,15 @@ _MNIST_FILES = (
 
 
 class DataSet(NamedTuple):
-  """Images (uint8, NHW or NHWC) and labels (uint8), in their published order."""
+  """Images (uint8, NHW or NHWC) and labels (unsigned), in their published order.
+
+  For a text: characters (uint8, `[sequences, time]`), and the character after each of them.
+  """
 
   name: str
-  x_train: np.ndarray
+  x_train: Any
   y_train: np.ndarray
-  x_test: np.ndarray
+  x_test: Any
   y_test: np.ndarray
   classes: int
 
@@ -81,13 +86,17 @@ def load(name: str) -> DataSet:
     UsageError: There is no data set of that name.
     DataError: A file is missing and cannot be fetched, or is not the one published.
   """
+  if name not in NAMES:
+    raise UsageError(f"there is no data set {name!r}: choose from {', '.join(NAMES)}")
   if name == "digits":
     return _digits()
-  if name not in SOURCES:
-    raise UsageError(f"there is no data set {name!r}: choose from {', '.join(NAMES)}")
-  source = SOURCES[name]
+  if name == "pydoc":
+    return _pydoc()
   default = pathlib.Path.home() / ".cache" / "bnp_optax"
   folder = pathlib.Path(os.environ.get("BNP_OPTAX_DATA") or default) / name
+  if name == "imagenet":
+    return DataSet(name, *imagenet.read(folder), classes=imagenet.CLASSES)
+  source = SOURCES[name]
   names = [file for files in source.files for file in files]
   if missing := [file for file in names if not _variant(folder / file).exists()]:
     _fetch(source, folder, missing)
@@ -132,6 +141,23 @@ def _digits() -> DataSet:
   )
   labels = labels.astype(np.uint8)
   return DataSet("digits", images[train], labels[train], images[test], labels[test], classes=10)
+
+
+def _pydoc() -> DataSet:
+  """The language reference that comes with Python, the last tenth of it for testing.
+
+  A text of half a megabyte, which differs a little from one version of Python to the next.
+  """
+  from pydoc_data import topics
+
+  text = "\n".join(body for _, body in sorted(topics.topics.items()))
+  characters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+  rows = (len(characters) - 1) // _CHARACTERS_A_ROW
+  end = rows * _CHARACTERS_A_ROW
+  x = characters[:end].reshape(rows, _CHARACTERS_A_ROW)
+  y = characters[1 : end + 1].reshape(rows, _CHARACTERS_A_ROW)
+  train = rows - rows // 10
+  return DataSet("pydoc", x[:train], y[:train], x[train:], y[train:], classes=128)
 
 
 def _fetch(source: Source, folder: pathlib.Path, missing: list[str]) -> None:
@@ -232,4 +258,4 @@ SOURCES: dict[str, Source] = {
     sha256={},
   ),
 }
-NAMES = ("digits", *SOURCES)
+NAMES = ("digits", *SOURCES, "imagenet", "pydoc")

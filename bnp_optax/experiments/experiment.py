@@ -39,8 +39,8 @@ class Experiment:
     timed: Whether the time of a step is measured too.
     augment: Name of the augmentation of the training images; None for none.
     decays: After which epochs the learning rate is divided by ten.
-    picture: Which picture shows it: `curves` against epochs, `rates` or
-      `batch_sizes`.
+    picture: Which picture shows it: `curves` against epochs, `rates`,
+      `batch_sizes` or `times`.
     target: The test accuracy that the picture of batch sizes shows the steps to.
     place: Where the paper has it; empty for what goes beyond the paper.
     paper_rates: The best learning rate that the paper states for each method (Tables 2 and 3).

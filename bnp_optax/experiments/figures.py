@@ -155,10 +155,36 @@ def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   return figure
 
 
+def _times(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """The time of an epoch, one group of bars a batch size."""
+  figure, axes = plt.subplots(figsize=(6, 3.6))
+  width = 0.8 / len(experiment.methods)
+  for number, method in enumerate(experiment.methods):
+    shown = [outcome for outcome in gathered if outcome.method == method and len(outcome.seconds)]
+    epochs = np.array(
+      [np.percentile(outcome.seconds, [25, 50, 75]) * outcome.steps for outcome in shown]
+    ).reshape(-1, 3)
+    places = [experiment.batch_sizes.index(outcome.batch_size) for outcome in shown]
+    axes.bar(
+      *(np.array(places) + (number - (len(experiment.methods) - 1) / 2) * width, epochs[:, 1]),
+      width=0.9 * width,
+      yerr=np.abs(epochs[:, [0, 2]] - epochs[:, [1]]).T,
+      error_kw={"elinewidth": 1, "ecolor": _INK},
+      color=method.colour,
+    )
+  axes.set_xticks(range(len(experiment.batch_sizes)), map(str, experiment.batch_sizes))
+  axes.set_xlabel("batch size")
+  axes.set_ylabel("seconds an epoch")
+  _legend(experiment, gathered, axes)
+  _footer(axes, -0.25, f"{experiment.dataset}, {experiment.network.title}: median and quartiles.")
+  return figure
+
+
 _PICTURES = {
   "curves": {"": _curves},
   "batch_sizes": {"": _batch_sizes, "-rates": _rates},
   "rates": {"": _rates},
+  "times": {"": _times},
 }
 
 

@@ -6,6 +6,7 @@ ones that BNP preconditions.
 """
 
 from collections.abc import Callable
+import math
 
 from flax import linen as nn
 import jax
@@ -28,8 +29,10 @@ def layer_norm(train: bool) -> nn.Module:
 
 
 def batch_renorm(train: bool) -> nn.Module:
-  """Batch Renormalization with momentum and epsilon of TensorFlow, and Ioffe's limits."""
-  return normalization.BatchRenorm(use_running_average=not train, momentum=0.99, epsilon=1e-3)
+  """Batch Renormalization with the defaults of TensorFlow, which limits neither r nor d."""
+  return normalization.BatchRenorm(
+    use_running_average=not train, momentum=0.99, epsilon=1e-3, r_max=math.inf, d_max=math.inf
+  )
 
 
 def group_norm(

@@ -13,7 +13,7 @@
 The test images choose nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,17 +61,15 @@ class Run:
     Raises:
       UsageError: There are fewer images than the largest batch needs.
     """
-    rows = _sample(np.arange(len(dataset.y_train)), dataset.y_train, experiment.images)
-    fit, held_out = train_test_split(
-      rows, test_size=_HELD_OUT, stratify=_strata(dataset.y_train[rows]), random_state=0
-    )
-    test = _sample(np.arange(len(dataset.y_test)), dataset.y_test, experiment.test_images)
+    rows = _sample(dataset.y_train, experiment.images)
+    fit, held_out = _split(rows, dataset.y_train[rows], _HELD_OUT)
+    test = _sample(dataset.y_test, experiment.test_images)
     experiment.check_fits(len(fit))
     self._experiment = experiment
     self._classes = dataset.classes
-    self._fit = _Labelled(dataset.x_train[fit], dataset.y_train[fit])
-    self._held_out = _Labelled(dataset.x_train[held_out], dataset.y_train[held_out])
-    self._test = _Labelled(dataset.x_test[test], dataset.y_test[test])
+    self._fit = _Labelled(dataset.x_train.take(fit, axis=0), dataset.y_train[fit])
+    self._held_out = _Labelled(dataset.x_train.take(held_out, axis=0), dataset.y_train[held_out])
+    self._test = _Labelled(dataset.x_test.take(test, axis=0), dataset.y_test[test])
     if self._setup(SGD, 1).stacked:
       self._fit, self._held_out, self._test = jax.device_put(
         (self._fit, self._held_out, self._test)
@@ -269,14 +267,19 @@ def _work(batch_size: int, steps: int) -> int:
   return steps * (batch_size + 4)
 
 
-def _sample(rows: np.ndarray, labels: np.ndarray, count: int | None) -> np.ndarray:
-  """So many of the rows, drawn class by class with a fixed seed; all, if there is no count."""
+def _sample(labels: np.ndarray, count: int | None) -> np.ndarray:
+  """So many rows, drawn class by class with a fixed seed; all, if there is no count."""
+  rows = np.arange(len(labels))
   if count is None or count >= len(rows):
     return rows
-  chosen, _ = train_test_split(rows, train_size=count, stratify=_strata(labels), random_state=0)
-  return np.sort(chosen)
+  return np.sort(_split(rows, labels, len(rows) - count)[0])
 
 
-def _strata(labels: np.ndarray) -> np.ndarray | None:
-  """The classes to draw from alike; there are none where a label belongs to a token."""
-  return labels if labels.ndim == 1 else None
+def _split(rows: np.ndarray, labels: np.ndarray, second: float) -> Sequence[Any]:
+  """Splits rows in two, of which the second has that many (an int), or that part of them."""
+  count = second if isinstance(second, int) else round(second * len(rows))
+  # Class by class, if each can have a row in both; the labels of a text are those of characters.
+  by_class = labels.ndim == 1 and len(np.unique(labels)) <= min(count, len(rows) - count)
+  return train_test_split(
+    rows, test_size=second, stratify=labels if by_class else None, random_state=0
+  )

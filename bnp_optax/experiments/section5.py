@@ -6,9 +6,10 @@ cores do in minutes to an hour, `smoke` what they do in seconds.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
-from bnp_optax.experiments import methods, resnet
+from bnp_optax.experiments import methods, models, resnet
 from bnp_optax.experiments.claims import (
   Claim,
   below,
@@ -16,6 +17,7 @@ from bnp_optax.experiments.claims import (
   comparable,
   fails,
   falls_back,
+  quicker,
   trains,
 )
 from bnp_optax.experiments.experiment import Experiment
@@ -273,6 +275,7 @@ _RESNET_GROUPNORM = dataclasses.replace(
   weight_decay=1e-4,
   warmup=methods.Warmup(epochs=1),
 )
+_group_norm_32 = functools.partial(models.group_norm, num_groups=32)
 _RESNET_BNP = dataclasses.replace(
   methods.BNP,
   optimizer=methods.momentum,
@@ -376,6 +379,58 @@ FIG6_RIGHT = dataclasses.replace(
   scales={"smoke": {**FIG6_LEFT.scales["smoke"], "network": resnet.ResNet(8, preactivation=True)}},
 )
 
+FIG7 = dataclasses.replace(
+  FIG6_LEFT,
+  name="fig7",
+  title="ResNet-18 on ImageNet, batch size 256",
+  place="Figure 7, Table 3",
+  network=resnet.ResNet18(),
+  dataset="imagenet",
+  batch_sizes=(256,),
+  methods=(
+    dataclasses.replace(_RESNET_BATCHNORM, warmup=None),
+    dataclasses.replace(_RESNET_GROUPNORM, warmup=None, norm=_group_norm_32),
+    dataclasses.replace(
+      _RESNET_BNP_GROUPNORM,
+      warmup=None,
+      weight_decay=8.5e-4,
+      norm=_group_norm_32,
+      network=(("use_bias", True),),
+    ),
+  ),
+  epochs=100,
+  seeds=1,
+  decays=(30, 60, 90),
+  augment="imagenet",
+  paper_rates={"batchnorm": 1e-1, "groupnorm": 1e-1, "bnp_groupnorm": 1e-1},
+  claims=(
+    *_RESNET_CLAIMS,
+    Claim("BNP + GroupNorm ends slightly below BatchNorm", better("batchnorm", "bnp_groupnorm")),
+  ),
+  scales={"smoke": SMOKE | {"batch_sizes": (4,), "images": 20, "test_images": 8, "rates": (0.1,)}},
+)
+
+FIG9 = Experiment(
+  name="fig9",
+  title="Time of an epoch of BatchNorm and of BNP",
+  place="Figure 9, Table 1",
+  network=MLP(features=(100, 100)),
+  dataset="cifar10",
+  batch_sizes=(16, 256, 512),
+  methods=(methods.SGD, methods.BATCHNORM, methods.BNP),
+  rates=(0.03,),
+  epochs=20,
+  seeds=1,
+  timed=True,
+  picture="times",
+  claims=(
+    Claim("At batch size 16 BatchNorm is faster than BNP", quicker("batchnorm", "bnp", 16)),
+    Claim("At batch size 256 BNP is faster than BatchNorm", quicker("bnp", "batchnorm", 256)),
+    Claim("At batch size 512 BNP is faster than BatchNorm", quicker("bnp", "batchnorm", 512)),
+  ),
+  scales={"smoke": SMOKE | {"batch_sizes": (16,), "rates": (0.03,)}, "laptop": {"epochs": 1}},
+)
+
 ALL = (
   FIG3_LEFT,
   FIG3_RIGHT,
@@ -386,4 +441,6 @@ ALL = (
   FIG5_RIGHT,
   FIG6_LEFT,
   FIG6_RIGHT,
+  FIG7,
+  FIG9,
 )

@@ -26,7 +26,7 @@ from bnp_optax.experiments.methods import Method, Rate
 from bnp_optax.experiments.models import MLP
 
 Tree = Any
-_EVALUATED_AT_ONCE = 1000
+_EVALUATED_AT_ONCE = 200
 _IMAGES_A_CALL = 30_000
 _STEPS_AHEAD = 32
 _AUGMENT = 2**31

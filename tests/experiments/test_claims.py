@@ -1,0 +1,85 @@
+"""The rules by which claims hold, on outcomes made by hand."""
+
+import numpy as np
+import pytest
+
+from bnp_optax.experiments import claims, methods
+from bnp_optax.experiments.outcomes import Outcome
+
+
+def _outcome(method, accuracy, batch_size=6, seconds=()):
+  """Accuracies in percent, `[epochs][seeds]`."""
+  accuracy = np.array(accuracy, float) / 100
+  nothing = np.array([])
+  times = np.array(seconds, float)
+  return Outcome(
+    method, batch_size, (0.1,), nothing, 0.1, 10, np.zeros_like(accuracy), accuracy, times, nothing
+  )
+
+
+BNP = _outcome(methods.BNP, [[30, 32], [50, 51], [49, 52], [50, 52], [50, 50], [49, 51]])
+SGD = _outcome(methods.SGD, [[20, 21], [30, 30], [40, 40], [44, 44], [46, 47], [48, 50]])
+BATCHNORM = _outcome(methods.BATCHNORM, [[10, 10]] * 5 + [[10, 12]])
+
+
+@pytest.mark.parametrize(
+  ("judge", "verdict", "measured"),
+  [
+    (claims.better("bnp", "batchnorm"), "holds", "BNP 50.0 (49.0–51.0), BatchNorm 11.0"),
+    (claims.better("bnp", "batchnorm", "sgd"), "within the spread", "SGD 49.0 (48.0–50.0)"),
+    (claims.better("bnp", "sgd", early=True), "holds", "BNP 40.8 (40.0–41.5), SGD 25.2"),
+    (claims.better("batchnorm", "bnp"), "does not hold", ""),
+    (claims.better("bnp", "layernorm"), "not run", "no results of layernorm"),
+    (claims.better("bnp", "sgd", batch_size=1), "not run", "no results of bnp, sgd"),
+    (claims.below("batchnorm", "bnp", "sgd"), "holds", ""),
+    (claims.below("sgd", "bnp"), "within the spread", ""),
+    (claims.below("bnp", "batchnorm"), "does not hold", ""),
+    (claims.comparable("bnp", "sgd"), "holds", ""),
+    (claims.comparable("bnp", "batchnorm"), "does not hold", ""),
+    (claims.trains("bnp", "sgd"), "holds", ""),
+    (claims.trains("bnp", "batchnorm"), "does not hold", ""),
+    (claims.fails("batchnorm"), "holds", "BatchNorm 11.0 (10.0–12.0)"),
+    (claims.fails("bnp"), "does not hold", ""),
+    (claims.falls_back("bnp"), "holds", "best 51.0% after epoch 4, last 50.0%"),
+    (claims.falls_back("sgd"), "does not hold", ""),
+    (claims.falls_back("adam"), "not run", ""),
+  ],
+)
+def test_verdicts(judge, verdict, measured):
+  judgement = judge([BNP, SGD, BATCHNORM])
+  assert judgement.verdict == verdict
+  assert measured in judgement.measured
+
+
+def test_a_method_is_steady_if_its_batch_size_does_not_matter():
+  outcomes = [
+    _outcome(methods.BNP, [[50, 51]], 1),
+    _outcome(methods.BNP, [[51, 52]], 60),
+    _outcome(methods.BNP, [[55, 55]], 512),
+  ]
+  assert claims.steady("bnp", 1, 60)(outcomes).verdict == "holds"
+  assert claims.steady("bnp", 1, 60, 512)(outcomes).verdict == "does not hold"
+  assert claims.steady("bnp", 1, 2)(outcomes).verdict == "not run"
+
+
+@pytest.mark.parametrize(
+  ("seconds", "verdict"),
+  [
+    ([1, 2, 3], "holds"),
+    ([3, 4, 5], "does not hold"),
+    ([1, 2.5, 5], "within the spread"),
+    ([], "not run"),
+  ],
+)
+def test_times_are_compared_round_by_round(seconds, verdict):
+  outcomes = [
+    _outcome(methods.BNP, [[50]], seconds=seconds),
+    _outcome(methods.SGD, [[50]], seconds=[2, 2.5, 3.5][: len(seconds)]),
+  ]
+  assert claims.quicker("bnp", "sgd", 6)(outcomes).verdict == verdict
+
+
+def test_an_outcome_knows_when_it_reaches_an_accuracy():
+  assert SGD.first_epoch(0.4) == 3
+  assert SGD.first_epoch(0.9) == np.inf
+  assert not SGD.at_edge
