@@ -1,0 +1,177 @@
+"""The Hessian of the loss in one unit's bias and weights, and in its outputs."""
+
+from collections.abc import Callable
+import contextlib
+import contextvars
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bnp_optax import _calls
+from bnp_optax._layers import Path
+from bnp_optax._matching import Layer, Layouts, find_layers, flatten_masked
+
+_perturbation: contextvars.ContextVar[Any] = contextvars.ContextVar("perturbation", default=None)
+
+
+def unit_hessian(
+  loss_fn: Callable[[Any], jax.Array],
+  params: Any,
+  layer: Path | None = None,
+  unit: int = 0,
+  *,
+  layers: Layouts | None = None,
+) -> jax.Array:
+  r"""The exact Hessian of the loss in one unit's bias and weights, by automatic differentiation.
+
+  It is :math:`\nabla^2_{\hat w} L = \hat H^T S \hat H` (Propositions 2 and 9), with `hidden_matrix`
+  and `unit_curvature`; preconditioned it is :math:`P^T \nabla^2_{\hat w} L \, P` (Theorem 3).
+
+  Examples:
+    >>> from bnp_optax import conditioning
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> model = nn.Dense(3)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> loss_fn = lambda params: jnp.mean(model.apply({"params": params}, x)[:, 1] ** 2)
+    >>> conditioning.unit_hessian(loss_fn, variables["params"], unit=1)
+    Array([[ 2.,  4.],
+           [ 4., 10.]], dtype=float32)
+
+  Args:
+    loss_fn: from the parameters to the loss, a scalar; it may be that of any framework.
+    params: the parameters.
+    layer: the path of the layer's kernel; None for the only one of a model.
+    unit: which output of the layer, counted as in its bias, flattened.
+    layers: as in `bnp_optax.scale_by_bnp`.
+
+  Returns:
+    ``[1 + inputs, 1 + inputs]``: the bias, then the weights in the order of `hidden_matrix`.
+
+  Raises:
+    ValueError: if the layer is not found.
+  """
+  found = choose_layer(find_layers(params, layers), layer)
+  leaves, treedef = flatten_masked(params)
+  kernel = leaves[found.kernel]
+  bias = None if found.bias is None else leaves[found.bias]
+  w, b = found.layout.to_canonical(kernel, bias)
+  where = divmod(unit, w.shape[-1])
+
+  def loss_of_unit(w_hat: jax.Array) -> jax.Array:
+    weights = w_hat if b is None else w_hat[1:]
+    new_w = w.at[where[0], :, :, where[1]].set(weights.reshape(w.shape[1:3]))
+    new_b = None if b is None else b.at[where].set(w_hat[0])
+    new = list(leaves)
+    new_w, new_b = found.layout.from_canonical(new_w, new_b, kernel.shape)
+    for i, x in ((found.kernel, new_w), (found.bias, new_b)):
+      if i is not None:
+        new[i] = x
+    return loss_fn(treedef.unflatten(new))
+
+  w_hat = w[where[0], :, :, where[1]].ravel()
+  if b is not None:
+    w_hat = jnp.concatenate([b[where][None], w_hat])
+  return jax.hessian(loss_of_unit)(w_hat)
+
+
+def unit_curvature(
+  loss_fn: Callable[[Any], jax.Array],
+  params: Any,
+  layer: Path | None = None,
+  unit: int = 0,
+  *,
+  layers: Layouts | None = None,
+) -> jax.Array:
+  r"""The matrix S: the Hessian of the loss in one unit's outputs, over all rows.
+
+  .. math::
+    S_{ij} = \frac{\partial^2 L}{\partial a_i \partial a_j}, \qquad
+    \nabla^2_{\hat w} L = \hat H^T S \hat H
+
+  A dense layer's is diagonal, :math:`\frac1N L''(a_j)`, where the loss is a mean over examples
+  (Proposition 2); a convolution's has a block for each example (Proposition 9).
+
+  Examples:
+    >>> from bnp_optax import conditioning
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> model = nn.Dense(3)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> loss_fn = lambda params: jnp.mean(model.apply({"params": params}, x)[:, 1] ** 2)
+    >>> S = conditioning.unit_curvature(loss_fn, variables["params"], unit=1)
+    >>> H = conditioning.hidden_matrix(model, variables, x)[0]
+    >>> H.T @ S @ H
+    Array([[ 2.,  4.],
+           [ 4., 10.]], dtype=float32)
+
+  Args:
+    loss_fn: from the parameters to the loss, a scalar; it calls a Linen model.
+    params: the parameters.
+    layer: the path of the layer's kernel; None for the only one of a model.
+    unit: which output of the layer, counted as in its bias.
+    layers: as in `bnp_optax.scale_by_bnp`.
+
+  Returns:
+    ``[rows, rows]``, the rows in the order of `hidden_matrix`.
+
+  Raises:
+    ValueError: if the layer is not found, is a stack of several, or is not called exactly once.
+  """
+  found = choose_layer(find_layers(params, layers), layer)
+  if found.layout.stack or len(found.layout.output) > 1:
+    raise ValueError(f"Layer {found}: S is defined for a single layer of one output axis.")
+  calls: list[jax.ShapeDtypeStruct] = []
+
+  def record(outputs: jax.Array) -> jax.Array:
+    calls.append(jax.ShapeDtypeStruct(outputs.shape[:-1], outputs.dtype))
+    return outputs
+
+  with _changed(found.path[:-1], record):
+    jax.eval_shape(lambda params: loss_fn(params), params)
+  if len(calls) != 1:
+    raise ValueError(
+      f"Layer {found} is called {len(calls)} times by the loss instead of once. It must be a "
+      "flax.linen layer of a model that the loss calls."
+    )
+
+  def loss_of_outputs(a: jax.Array) -> jax.Array:
+    def change(outputs: jax.Array) -> jax.Array:
+      return outputs.at[..., unit].add(a.reshape(calls[0].shape))
+
+    with _changed(found.path[:-1], change):
+      return loss_fn(params)
+
+  return jax.hessian(loss_of_outputs)(jnp.zeros(calls[0].size, calls[0].dtype))
+
+
+@contextlib.contextmanager
+def _changed(path: Path, change: Callable[[jax.Array], jax.Array]) -> Any:
+  """Within this context, a Linen module returns what ``change`` makes of its outputs."""
+
+  def interceptor(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    outputs = next_fun(*args, **kwargs)
+    here = context.module.path == path and context.method_name == "__call__"
+    return change(outputs) if here and _perturbation.get() is change else outputs
+
+  # The key keeps functions that were traced without the change, or with another, from being reused.
+  with _calls.recording(_perturbation, change, object()), nn.intercept_methods(interceptor):
+    yield
+
+
+def choose_layer(layers: list[Layer], path: Path | None) -> Layer:
+  """The layer whose kernel is at a path; the only one for None."""
+  found = [layer for layer in layers if path is None or layer.path == tuple(path)]
+  if len(found) != 1:
+    raise ValueError(
+      f"{'Several layers' if found else f'No layer at {path}'}: give layer= one of "
+      f"{[layer.path for layer in layers]}."
+    )
+  return found[0]

@@ -1,0 +1,158 @@
+"""The paper's condition number: exact for small matrices, by Lanczos for large ones.
+
+Everything here is NumPy in float64, whatever JAX computes in: float32 cannot tell a condition
+number above some 1e7 from a singular matrix.
+"""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+_EXACT = 384
+_STEPS = 64
+_FAILURE = 1e-6
+
+
+def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = None) -> np.ndarray:
+  r"""The largest singular value over the smallest nonzero one (section 1 of the paper).
+
+  .. math::
+    \kappa(A) = \sigma_{\max} / \sigma^*_{\min}
+
+  Examples:
+    >>> from bnp_optax import conditioning
+    >>> import jax.numpy as jnp
+    >>> conditioning.condition_number(jnp.array([[2.0, 0.0], [0.0, 0.5], [0.0, 0.0]]))
+    array(4.)
+    >>> conditioning.condition_number(jnp.ones((5, 5)))
+    array(1.)
+
+  Args:
+    matrix: ``[..., m, n]``; not a traced one. The singular values are computed in float64.
+    threshold: a singular value is nonzero if it is more than ``threshold`` times the largest.
+      None for ``sqrt(max(m, n))`` times the machine epsilon of the matrix's own dtype: what
+      rounding alone makes of a zero. A matrix of float32 activations is known to no more digits.
+
+  Returns:
+    ``[...]``, float64, at least 1; NaN for a matrix of zeros.
+
+  Raises:
+    ValueError: if an entry is not finite.
+
+  References:
+    Lange, Helfrich, Ye, JMLR 23(72), 2022: the end of section 1.
+  """
+  array = np.asarray(matrix)
+  if threshold is None:
+    threshold = rounding(array)
+  array = array.astype(np.float64)
+  _check_finite(array)
+  return _ratio(np.linalg.svd(array, compute_uv=False), threshold)
+
+
+def rounding(array: np.ndarray) -> float:
+  """What rounding makes of a zero singular value, relative to the largest."""
+  dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float64)
+  return math.sqrt(max(array.shape[-2:])) * float(np.finfo(dtype).eps)
+
+
+class Estimate(NamedTuple):
+  """A condition number and how good it is.
+
+  Attributes:
+    value: never above the true one but for rounding.
+    error: the true one is at most ``value / (1 - error)``, but for one in a million random starts;
+      0 if it was computed exactly.
+  """
+
+  value: float
+  error: float
+
+
+def estimate_condition_number(
+  matrix: np.ndarray, threshold: float, *, exact: int = _EXACT
+) -> Estimate:
+  r"""The condition number of a matrix that may be large.
+
+  A QR factorization reduces the matrix ``[m, n]`` to a triangular ``R`` with its singular values.
+  If ``min(m, n)`` is small, they are computed. Otherwise Lanczos' method, started at random, finds
+  the largest eigenvalues of :math:`R^T R` and of :math:`R^{-1} R^{-T}`. It never overestimates
+  them; after :math:`k` steps in dimension :math:`n` the relative error exceeds :math:`\epsilon`
+  with a probability of at most :math:`1.648 \sqrt n \, e^{-\sqrt\epsilon (2k - 1)}`, whatever the
+  eigenvalues are. A matrix that is singular to within the threshold has no inverse: there the
+  singular values are computed, however large it is.
+
+  Args:
+    matrix: ``[m, n]``, float64.
+    threshold: as in `condition_number`.
+    exact: the largest ``min(m, n)`` whose singular values are computed.
+
+  References:
+    Kuczynski, Wozniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms
+    with a random start, SIAM J. Matrix Anal. Appl. 13(4), 1992.
+  """
+  _check_finite(matrix)
+  # A dead feature, or a window of padding, is a singular value of zero, and counts for nothing.
+  matrix = matrix[matrix.any(axis=1)][:, matrix.any(axis=0)]
+  if matrix.size == 0:
+    return Estimate(math.nan, 0.0)
+  tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+  r = np.asfortranarray(np.linalg.qr(tall, mode="r"))
+  n = len(r)
+  diagonal = np.abs(np.diagonal(r))
+  if n > exact and diagonal.min() > threshold * diagonal.max():
+    import scipy.linalg  # Here alone, so that importing the package does not.
+
+    def solve(x: np.ndarray, trans: int) -> np.ndarray:
+      return scipy.linalg.solve_triangular(r, x, trans=trans, check_finite=False)
+
+    rng = np.random.default_rng(0)
+    largest = _largest_eigenvalue(lambda x: r.T @ (r @ x), n, rng)
+    smallest = 1 / _largest_eigenvalue(lambda x: solve(solve(x, 1), 0), n, rng)
+    value = math.sqrt(largest / smallest)
+    if value * threshold < 1:
+      root = math.log(1.648 * math.sqrt(n) / _FAILURE) / (2 * _STEPS - 1)
+      return Estimate(value, root**2)
+  return Estimate(float(_ratio(np.linalg.svd(r, compute_uv=False), threshold)), 0.0)
+
+
+def _largest_eigenvalue(
+  multiply: Callable[[np.ndarray], np.ndarray], n: int, rng: np.random.Generator
+) -> float:
+  """The largest Ritz value of a symmetric matrix after `_STEPS` steps from a random vector."""
+  basis = np.zeros((min(_STEPS, n), n))
+  diagonal, off_diagonal = [], []
+  x = rng.normal(size=n)
+  beta = float(np.linalg.norm(x))
+  for k in range(len(basis)):
+    basis[k] = x / beta
+    x = multiply(basis[k])
+    diagonal.append(float(basis[k] @ x))
+    # Against all of the basis, twice: Lanczos' own three terms lose orthogonality.
+    for _ in range(2):
+      x = x - basis[: k + 1].T @ (basis[: k + 1] @ x)
+    beta = float(np.linalg.norm(x))
+    if beta <= np.finfo(np.float64).eps * max(diagonal):
+      break
+    off_diagonal.append(beta)
+  off_diagonal = off_diagonal[: len(diagonal) - 1]
+  ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off_diagonal, -1))
+  return float(ritz.max())
+
+
+def _ratio(singular_values: np.ndarray, threshold: float) -> np.ndarray:
+  largest = singular_values.max(axis=-1)
+  nonzero = singular_values > threshold * largest[..., None]
+  smallest = np.where(nonzero, singular_values, np.inf).min(axis=-1)
+  return np.where(largest > 0, largest / smallest, np.nan)
+
+
+def _check_finite(array: np.ndarray) -> None:
+  if not np.all(np.isfinite(array)):
+    count = np.sum(~np.isfinite(array))
+    raise ValueError(
+      f"{count} of {array.size} entries of the matrix are not finite: it has no condition number."
+    )
