@@ -2,8 +2,10 @@
 
 import dataclasses
 
-from bnp_optax.experiments import methods
-from bnp_optax.experiments.claims import Claim, better, steady
+from flax import linen as nn
+
+from bnp_optax.experiments import methods, transformers
+from bnp_optax.experiments.claims import Claim, better, comparable, steady
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.models import CNN, MLP
 from bnp_optax.experiments.section5 import FOUR_DECADES, SMOKE
@@ -78,7 +80,7 @@ BATCH_SIZES_FC = Experiment(
     Claim("bnp(Adam) ends above BNP at batch size 512", better("bnp_adam", "bnp", batch_size=512)),
   ),
   scales={
-    "smoke": SMOKE,
+    "smoke": SMOKE | {"batch_sizes": (60, 1)},
     "laptop": {"epochs": 5, "selection_epochs": 3, "seeds": 3, "images": 10_000},
   },
 )
@@ -89,7 +91,7 @@ BATCH_SIZES_CNN = dataclasses.replace(
   title="CNN on CIFAR-10 at every batch size, and at every learning rate",
   network=CNN(),
   scales={
-    "smoke": SMOKE,
+    "smoke": SMOKE | {"batch_sizes": (60, 1)},
     "laptop": {
       "rates": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
       "epochs": 3,
@@ -101,5 +103,80 @@ BATCH_SIZES_CNN = dataclasses.replace(
   },
 )
 
+
+def _layer_norm(train: bool) -> nn.Module:
+  del train
+  return nn.LayerNorm()
+
+
+_ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW = (
+  dataclasses.replace(method, norm=_layer_norm)
+  for method in (
+    methods.ADAM,
+    methods.ADAMW,
+    methods.MUON,
+    methods.BNP_ADAM,
+    methods.BNP_ADAMW,
+  )
+)
+_ADAM_PLAIN = dataclasses.replace(
+  methods.ADAM, name="adam_plain", label="Adam, no LayerNorm", colour="#777777", marker="s"
+)
+_BNP_ADAM_PLAIN = dataclasses.replace(
+  methods.BNP_ADAM,
+  name="bnp_adam_plain",
+  label="bnp(Adam), no LayerNorm",
+  colour="#0072B2",
+  marker="o",
+)
+
+VIT = Experiment(
+  name="vit",
+  title="Vision transformer on CIFAR-10, with and without LayerNorm",
+  network=transformers.ViT(),
+  dataset="cifar10",
+  batch_sizes=(64, 4),
+  methods=(_ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW, _ADAM_PLAIN, _BNP_ADAM_PLAIN),
+  rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
+  epochs=30,
+  seeds=5,
+  claims=(
+    Claim("bnp(Adam) ends above Adam at batch size 64", better("bnp_adam", "adam", batch_size=64)),
+    Claim(
+      "bnp(Adam) ends above AdamW and Muon at batch size 64",
+      better("bnp_adam", "adamw", "muon", batch_size=64),
+    ),
+    Claim("bnp(Adam) ends above Adam at batch size 4", better("bnp_adam", "adam", batch_size=4)),
+    Claim(
+      "Without LayerNorm, bnp(Adam) ends above Adam at batch size 64",
+      better("bnp_adam_plain", "adam_plain", batch_size=64),
+    ),
+    Claim(
+      "bnp(Adam) without LayerNorm ends where Adam with it does, at batch size 64",
+      comparable("bnp_adam_plain", "adam", batch_size=64),
+    ),
+  ),
+  scales={
+    "smoke": SMOKE | {"batch_sizes": (4,), "images": 100},
+    "laptop": {
+      "rates": (0.0003, 0.001, 0.003, 0.01),
+      "epochs": 3,
+      "selection_epochs": 1,
+      "seeds": 2,
+      "images": 10_000,
+      "test_images": 2_000,
+    },
+  },
+)
+
+LANGUAGE_MODEL = dataclasses.replace(
+  VIT,
+  name="language-model",
+  title="Transformer that predicts the next character of Python's language reference",
+  network=transformers.LanguageModel(),
+  dataset="pydoc",
+  scales={**VIT.scales, "laptop": {**VIT.scales["laptop"], "epochs": 4, "images": None}},
+)
+
 FIRST = (QUICKSTART, OPTIMIZERS)
-LATER = (BATCH_SIZES_FC, BATCH_SIZES_CNN)
+LATER = (BATCH_SIZES_FC, BATCH_SIZES_CNN, VIT, LANGUAGE_MODEL)

@@ -40,7 +40,7 @@ class Experiment:
     augment: Name of the augmentation of the training images; None for none.
     decays: After which epochs the learning rate is divided by ten.
     picture: Which picture shows it: `curves` against epochs, `rates`,
-      `batch_sizes` or `times`.
+      `batch_sizes`, `times`, or `conditioning`, which is measured then.
     target: The test accuracy that the picture of batch sizes shows the steps to.
     place: Where the paper has it; empty for what goes beyond the paper.
     paper_rates: The best learning rate that the paper states for each method (Tables 2 and 3).
@@ -148,6 +148,14 @@ class Experiment:
     """The settings under which the time of a step is measured."""
     methods = [method.name for method in self.methods]
     return self._settings("step_time", batch_size) | {"methods": methods}
+
+  def conditioning_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
+    """The settings under which condition numbers are measured."""
+    return self._settings("conditioning", batch_size) | {
+      "method": method.name,
+      "rate": rate,
+      "epochs": self.length,
+    }
 
   def _settings(self, kind: str, batch_size: int) -> dict[str, Any]:
     return {

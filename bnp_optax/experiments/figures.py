@@ -180,11 +180,60 @@ def _times(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   return figure
 
 
+def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """The paper's three panels: learning curves, Hessian's condition numbers, that of D."""
+  figure, (curves, hessian, d) = plt.subplots(1, 3, figsize=(11, 3.4), gridspec_kw={"wspace": 0.6})
+  losses = curves.twinx()
+  for outcome in gathered:
+    _line(curves, outcome, outcome.test_accuracy, "-")
+    _line(losses, outcome, outcome.train_loss, "--")
+    epochs = outcome.conditioning["steps"] / outcome.steps
+    colour, label = outcome.method.colour, outcome.method.label
+    hessian.plot(
+      *(epochs, _smooth(outcome.conditioning["plain"])), color=colour, label=f"{label}, plain"
+    )
+    for epsilons, style in (("paper", "--"), ("none", ":")):
+      if f"D, epsilons {epsilons}" in outcome.conditioning:
+        text = f"{label}, preconditioned" if epsilons == "paper" else "the same, no epsilons"
+        values = outcome.conditioning[f"preconditioned, epsilons {epsilons}"]
+        hessian.plot(epochs, _smooth(values), style, color=colour, label=text)
+        text = "the paper's epsilons" if epsilons == "paper" else "no epsilons"
+        d.plot(
+          epochs, outcome.conditioning[f"D, epsilons {epsilons}"], style, color=colour, label=text
+        )
+  curves.set_ylabel("test accuracy (solid)")
+  curves.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  losses.set_ylabel("training loss (dashed)")
+  losses.grid(visible=False)
+  losses.spines["right"].set_visible(True)
+  hessian.set_ylabel("condition number of the Hessian")
+  d.set_ylabel("condition number of D")
+  for axes in (hessian, d):
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=7.5, loc="best")
+  for axes in (curves, hessian, d):
+    axes.set_xlabel("epochs")
+  _legend(experiment, gathered, curves)
+  _footer(
+    *(curves, -0.25),
+    f"{caption(experiment)}. First unit of the output layer, on the batch of each fifth step; "
+    "Hessians as running medians of 15.",
+  )
+  return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  half = 7
+  padded = np.pad(values, half, mode="edge")
+  return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+
+
 _PICTURES = {
   "curves": {"": _curves},
   "batch_sizes": {"": _batch_sizes, "-rates": _rates},
   "rates": {"": _rates},
   "times": {"": _times},
+  "conditioning": {"": _conditioning},
 }
 
 

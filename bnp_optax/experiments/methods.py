@@ -57,7 +57,6 @@ class Method:
     norm: Makes the network's normalization layers, if it has any.
     network: What else the method changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
-    weight_decay_mask: Which of the parameters decay; None for all.
     warmup: How the learning rate begins; None for the full rate from the start.
   """
 
@@ -70,7 +69,6 @@ class Method:
   norm: models.Norm | None = None
   network: tuple[tuple[str, Any], ...] = ()
   weight_decay: float = 0.0
-  weight_decay_mask: Callable[[Any], Any] | None = None
   warmup: Warmup | None = None
 
   def make_optimizer(
@@ -79,8 +77,7 @@ class Method:
     """The optimizer for a learning rate and the layers of a network."""
     inner = self.optimizer(rate)
     if self.weight_decay:
-      decay = optax.add_decayed_weights(self.weight_decay, self.weight_decay_mask)
-      inner = optax.chain(decay, inner)
+      inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
     if self.bnp == "before":
       return optax.chain(bnp_optax.scale_by_bnp(layers=layers), inner)
     if self.bnp == "around":
@@ -137,11 +134,11 @@ MUON = Method("muon", "Muon", "#44AA99", "2", optax.contrib.muon)
 BNP_MUON = Method("bnp_muon", "bnp(Muon)", "#AA4499", "p", optax.contrib.muon, "around")
 CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#DDCC77", "*", _clipped_sgd)
 BATCHRENORM = Method(
-  "batchrenorm", "Batch Renorm", "#88CCEE", "<", optax.sgd, norm=models.batch_renorm
+  "batchrenorm", "Batch Renorm", "#88CCEE", "8", optax.sgd, norm=models.batch_renorm
 )
 GROUPNORM = Method("groupnorm", "GroupNorm", "#009E73", "D", optax.sgd, norm=models.group_norm)
 BNP_GROUPNORM = Method(
-  "bnp_groupnorm", "BNP + GroupNorm", "#D55E00", "h", optax.sgd, "before", models.group_norm
+  "bnp_groupnorm", "BNP + GroupNorm", "#332288", "p", optax.sgd, "before", models.group_norm
 )
 ADAM_BATCHNORM = Method(
   "adam_batchnorm", "BatchNorm, Adam", "#882255", "X", optax.adam, norm=models.batch_norm

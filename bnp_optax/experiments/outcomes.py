@@ -1,6 +1,6 @@
 """What came out of an experiment, one value for each method and batch size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -24,6 +24,8 @@ class Outcome:
     test_accuracy: Test accuracy after each epoch, `[epochs, seeds]`.
     seconds: Time of a step, one number for each round of measuring.
     relative_times: The same over that of plain SGD.
+    conditioning: The condition numbers that `unit_conditioning.trace` gives; empty if they were not
+      measured.
   """
 
   method: Method
@@ -36,6 +38,7 @@ class Outcome:
   test_accuracy: np.ndarray
   seconds: np.ndarray
   relative_times: np.ndarray
+  conditioning: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def at_edge(self) -> bool:

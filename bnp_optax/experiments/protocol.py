@@ -21,7 +21,7 @@ import numpy as np
 from rich.progress import Progress
 from sklearn.model_selection import train_test_split
 
-from bnp_optax.experiments import timing, training
+from bnp_optax.experiments import timing, training, unit_conditioning
 from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.data import DataSet
 from bnp_optax.experiments.experiment import Experiment
@@ -89,6 +89,8 @@ class Run:
     for batch_size, method in cells:
       rates[method, batch_size] = self._choose_rate(method, batch_size)
       self._train(method, batch_size, rates[method, batch_size])
+      if experiment.picture == "conditioning":
+        self._measure_conditioning(method, batch_size, rates[method, batch_size])
     if experiment.timed:
       for batch_size in experiment.batch_sizes:
         self._time_steps(batch_size, {m: rates[m, batch_size] for m in experiment.methods})
@@ -229,6 +231,14 @@ class Run:
       for name, times in seconds.items()
     }
     self._results.append(settings | {"seconds": seconds, "relative_to_sgd": relative})
+
+  def _measure_conditioning(self, method: Method, batch_size: int, rate: float) -> None:
+    settings = self._experiment.conditioning_settings(method, batch_size, rate)
+    if not self._results.find(**settings):
+      self._describe(method, batch_size, "condition numbers")
+      setup, epochs = self._setup(method, batch_size), self._experiment.length
+      measured = unit_conditioning.trace(setup, rate, epochs, *self._fit)
+      self._results.append(settings | measured)
 
   def _describe(self, method: Method, batch_size: int, doing: str) -> None:
     text = f"{method.label}, batch size {batch_size}, {doing}"

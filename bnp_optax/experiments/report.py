@@ -1,14 +1,13 @@
 """What came out: the records of an experiment gathered, and shown as tables."""
 
-from collections.abc import Iterator
 import pathlib
 
 import numpy as np
 from rich.table import Table
 
 from bnp_optax.experiments.experiment import SCALES, Experiment
-from bnp_optax.experiments.methods import SGD
-from bnp_optax.experiments.outcomes import Outcome, percent
+from bnp_optax.experiments.methods import SGD, Method
+from bnp_optax.experiments.outcomes import Outcome, find, percent
 from bnp_optax.experiments.registry import EXPERIMENTS
 from bnp_optax.experiments.results import FILE, Record, Results, read_results
 
@@ -42,9 +41,22 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
           np.array([epoch["test_accuracy"] for epoch in epochs], float),
           np.array(measured["seconds"].get(method.name, []), float),
           np.array(measured["relative_to_sgd"].get(method.name, []), float),
+          _conditioning(experiment, results, method, batch_size, chosen["rate"]),
         )
       )
   return gathered
+
+
+def _conditioning(
+  experiment: Experiment, results: Results, method: Method, batch_size: int, rate: float
+) -> dict[str, np.ndarray]:
+  records = results.find(**experiment.conditioning_settings(method, batch_size, rate))
+  return {
+    name: np.array(values)
+    for record in records
+    for name, values in record.items()
+    if isinstance(values, list)
+  }
 
 
 def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:
@@ -71,7 +83,7 @@ def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]
 
 
 def claims(folder: pathlib.Path) -> tuple[Table, str]:
-  """Says of each claim whether it holds.
+  """Says of each claim whether it holds, by the results at the largest scale there are.
 
   Args:
     folder: The folder of the results of all experiments.
@@ -79,28 +91,53 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
   Returns:
     The table for the terminal, and the same table in Markdown.
   """
-  columns = ("experiment", "claim", "measured", "verdict")
-  table = Table(*columns)
-  markdown = [f"| {' | '.join(columns)} |", "| --- | --- | --- | --- |"]
+  rows = []
   for experiment in EXPERIMENTS.values():
-    for row in _judged(experiment, folder):
-      table.add_row(*row)
-      markdown.append(f"| {' | '.join(row)} |")
-  return table, "\n".join([*markdown, ""])
+    shown, gathered = _largest(experiment, folder)
+    setting = caption(shown) if gathered else "no results"
+    name = f"{shown.name} ({shown.place})" if shown.place else shown.name
+    for claim in shown.claims:
+      judgement = claim.judge(gathered)
+      rows.append((name, setting, claim.text, judgement.measured, judgement.verdict))
+  return _table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), rows)
 
 
-def _judged(experiment: Experiment, folder: pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
-  """One row for each claim, by the results at the largest scale that there are results of."""
-  shown, gathered = experiment, None
+def rates(folder: pathlib.Path) -> tuple[Table, str]:
+  """Sets the learning rates of the paper's Tables 2 and 3 beside those that were chosen here.
+
+  Args:
+    folder: The folder of the results of all experiments.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown.
+  """
+  rows = []
+  for experiment in EXPERIMENTS.values():
+    shown, gathered = _largest(experiment, folder)
+    for method in experiment.methods:
+      found = find(gathered, method.name, None)
+      if method.name in experiment.paper_rates and found and len(found.rates) > 1:
+        theirs = f"{experiment.paper_rates[method.name]:g}"
+        rows.append((f"{shown.name} ({shown.place})", method.label, theirs, _rate(found)))
+  return _table(("experiment", "method", "rate in the paper", "rate chosen here"), rows)
+
+
+def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, list[Outcome]]:
+  shown, gathered = experiment, []
   for scale in SCALES:
     if (folder / experiment.at(scale).folder / FILE).exists():
       shown = experiment.at(scale)
       gathered = outcomes(shown, read_results(folder / shown.folder))
-  setting = "no results" if gathered is None else caption(shown)
-  for claim in shown.claims:
-    judgement = claim.judge(gathered or [])
-    name = f"{shown.name}, {shown.place}" if shown.place else shown.name
-    yield f"{name} ({setting})", claim.text, judgement.measured, judgement.verdict
+  return shown, gathered
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[Table, str]:
+  table = Table(*columns)
+  markdown = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+  for row in rows:
+    table.add_row(*row)
+    markdown.append(f"| {' | '.join(row)} |")
+  return table, "\n".join([*markdown, ""])
 
 
 def caption(experiment: Experiment) -> str:
@@ -124,13 +161,17 @@ def _note(experiment: Experiment) -> str:
   return note
 
 
+def _rate(outcome: Outcome) -> str:
+  return f"{outcome.rate:g}{'*' if outcome.at_edge else ''}"
+
+
 def _cell(outcome: Outcome | None) -> list[str]:
   if outcome is None:
     return ["not run"]
   diverged = "" if np.isfinite(outcome.train_loss[-1]).all() else " diverged"
   lines = [
     percent(outcome.final) + diverged,
-    f"rate {outcome.rate:g}{'*' if outcome.at_edge else ''}",
+    f"rate {_rate(outcome)}",
   ]
   if len(outcome.relative_times):
     low, middle, high = np.percentile(outcome.relative_times, [25, 50, 75])

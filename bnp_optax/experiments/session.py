@@ -49,15 +49,17 @@ def draw(experiment: Experiment, folder: pathlib.Path) -> None:
 
 
 def report_claims(folder: pathlib.Path) -> None:
-  """Shows of each claim whether it holds.
+  """Shows of each claim whether it holds, and the learning rates beside the paper's.
 
   Args:
     folder: The folder of the results of all experiments.
   """
-  table, markdown = report.claims(folder)
-  Console().print(table)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "claims.md").write_text(markdown)
+  console = Console()
+  for name, tabulate in (("claims", report.claims), ("rates", report.rates)):
+    table, markdown = tabulate(folder)
+    console.print(table)
+    if folder.is_dir():
+      (folder / f"{name}.md").write_text(markdown)
 
 
 def _show(experiment: Experiment, results: Results, folder: pathlib.Path, console: Console) -> None:

@@ -130,11 +130,11 @@ def init(setup: Setup, lanes: Lanes, images: np.ndarray) -> LaneState:
 @functools.partial(jax.jit, static_argnames="model")
 def _init_variables(model: nn.Module, seed: jax.Array, images: jax.Array) -> dict:
   key = jax.random.fold_in(jax.random.key(seed), 0)
-  return dict(model.init(key, _inputs(images), train=False))
+  return dict(model.init(key, as_inputs(images), train=False))
 
 
 def _optimizer(setup: Setup, rate: jax.Array, images: Any) -> optax.GradientTransformationExtraArgs:
-  layers = bnp_optax.linen.layers(setup.model, _inputs(images), train=False, strict=True)
+  layers = bnp_optax.linen.layers(setup.model, as_inputs(images), train=False, strict=True)
   return setup.method.make_optimizer(setup.rate(rate), layers)
 
 
@@ -173,7 +173,7 @@ def _step(
     with bnp_optax.linen.sow_statistics(example_axes=labels.ndim):
       logits, variables = setup.model.apply(
         {"params": params, **model_state},
-        _inputs(images),
+        as_inputs(images),
         train=True,
         mutable=["intermediates", *model_state],
       )
@@ -383,7 +383,7 @@ def _evaluate_chunk(
 ) -> tuple[jax.Array, jax.Array]:
   def lane(params: Tree, model_state: dict) -> tuple[jax.Array, jax.Array]:
     logits = cast(
-      jax.Array, model.apply({"params": params, **model_state}, _inputs(images), train=False)
+      jax.Array, model.apply({"params": params, **model_state}, as_inputs(images), train=False)
     )
     there = labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
@@ -405,7 +405,7 @@ def _pad(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray
   )
 
 
-def _inputs(images: Any) -> jax.Array:
+def as_inputs(images: Any) -> jax.Array:
   """What a network reads: images on the scale from 0 to 1, tokens as they are."""
   if images.ndim == 2:
     return images.astype(jnp.int32)

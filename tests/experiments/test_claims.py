@@ -79,6 +79,13 @@ def test_times_are_compared_round_by_round(seconds, verdict):
   assert claims.quicker("bnp", "sgd", 6)(outcomes).verdict == verdict
 
 
+def test_near_the_top_less_is_comparable():
+  outcomes = [_outcome(methods.BNP, [[98.0]]), _outcome(methods.SGD, [[97.0]])]
+  assert claims.comparable("bnp", "sgd")(outcomes).verdict == "does not hold"
+  outcomes[1] = _outcome(methods.SGD, [[97.7]])
+  assert claims.comparable("bnp", "sgd")(outcomes).verdict == "holds"
+
+
 def test_an_outcome_knows_when_it_reaches_an_accuracy():
   assert SGD.first_epoch(0.4) == 3
   assert SGD.first_epoch(0.9) == np.inf

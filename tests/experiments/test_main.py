@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -180,3 +182,46 @@ def test_killed_outright_the_folder_is_free_again(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
   with open_results(tmp_path / "out", []):
     pass
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_goes_on_to_the_same_bits(tmp_path):
+  program = (
+    "import functools, sys\n"
+    "from bnp_optax.experiments import session\n"
+    "from bnp_optax.experiments.__main__ import main\n"
+    "session.Checkpoints = functools.partial(session.Checkpoints, seconds_apart=0)\n"
+    "sys.exit(main())\n"
+  )
+  command = [sys.executable, "-c", program, "run", "quickstart", "--batch-sizes", "6"]
+  command += ["--methods", "sgd", "bnp", "--epochs", "6", "--out"]
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+  def start(out):
+    return subprocess.Popen(
+      [*command, out],
+      cwd=tmp_path,
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+
+  def size():
+    path = tmp_path / "killed" / FILE
+    return path.stat().st_size if path.exists() else 0
+
+  assert start("undisturbed").wait() == 0
+  rng = random.Random(0)
+  for _ in range(10):
+    process, before = start("killed"), size()
+    # Once it has done something new, at any moment.
+    while size() == before and process.poll() is None:
+      time.sleep(0.01)
+    time.sleep(rng.expovariate(2))
+    process.kill()
+    process.wait()
+  assert start("killed").wait() == 0
+  for kind in ("trial", "rate", "epoch"):
+    undisturbed = _records(tmp_path / "undisturbed", kind)
+    assert undisturbed
+    assert _records(tmp_path / "killed", kind) == undisturbed

@@ -27,8 +27,9 @@ def test_is_well_formed_at_every_scale(name):
     assert scaled.scale == scale
     scaled.check()
     assert len(scaled.claims) == len(experiment.claims)
-    # The colours and markers tell the methods of one picture apart.
+    # Colours and markers both tell the methods of one picture apart.
     assert len({method.colour for method in scaled.methods}) == len(scaled.methods)
+    assert len({method.marker for method in scaled.methods}) == len(scaled.methods)
     for claim in scaled.claims:
       assert claim.judge([]).verdict == "not run"
 
