@@ -54,7 +54,7 @@ def _records(folder, kind):
   ("arguments", "message"),
   [
     (["nothing"], "'nothing': choose from quickstart, optimizers"),
-    (["quickstart", "--dataset", "imagenet"], "'imagenet': choose from digits, mnist"),
+    (["quickstart", "--dataset", "svhn"], "'svhn': choose from digits, mnist"),
     (["quickstart", "--methods", "sgd", "sdg"], "'sdg': choose from sgd, batchnorm"),
     (["quickstart", "--epochs", "0"], "--epochs must be at least 1, found 0"),
     (["quickstart", "--seeds", "-1"], "--seeds must be at least 1, found -1"),
