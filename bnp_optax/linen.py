@@ -176,7 +176,9 @@ def layers(
   def trace(key: jax.Array, arrays: list[Any]) -> tuple[Any, Any]:
     args, kwargs = rebuild(arrays)
     variables = dict(nn.meta.unbox(model.init(key, *args, **kwargs)))
-    variables.pop("intermediates", None)
+    # A cache for decoding takes one position at a time, what init takes are all of them.
+    for collection in ("intermediates", "cache"):
+      variables.pop(collection, None)
     with _reporting(see, merge_observations, exact_windows, object()):
       _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
     return variables.get("params", {}), aux.get("intermediates", {})

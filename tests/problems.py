@@ -1,5 +1,7 @@
 """Small networks and their gradients, shared by the tests of the transformations."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,12 +49,27 @@ def loss_fn(model):
 def make(model, shape, dtype=jnp.float32, seed=0):
   """Parameters, and a batch whose inputs have a mean and uneven deviations."""
   rng = np.random.default_rng(seed)
-  x = jnp.asarray(rng.normal(1, np.linspace(0.1, 2, shape[-1]), shape), dtype)
-  params = jax.jit(model.init)(jax.random.key(seed), x)["params"]
+  # A transfer to the device; jnp.asarray compiles a program for each shape.
+  array = lambda x: jax.device_put(x.astype(jnp.dtype(dtype)))
+  x = array(rng.normal(1, np.linspace(0.1, 2, shape[-1]), shape))
+  params = _init(model)(jax.random.key(seed), x)["params"]
   outputs = jax.eval_shape(lambda x: model.apply({"params": params}, x), x)
-  return params, (x, jnp.asarray(rng.normal(size=outputs.shape), dtype))
+  return params, (x, array(rng.normal(size=outputs.shape)))
 
 
 def grads_and_stats(model, params, batch):
-  (_, stats), grads = jax.jit(jax.value_and_grad(loss_fn(model), has_aux=True))(params, batch)
+  (_, stats), grads = _grad(model)(params, batch)
   return grads, stats
+
+
+# A function that is made anew is compiled anew.
+
+
+@functools.cache
+def _init(model):
+  return jax.jit(model.init)
+
+
+@functools.cache
+def _grad(model):
+  return jax.jit(jax.value_and_grad(loss_fn(model), has_aux=True))

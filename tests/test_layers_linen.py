@@ -1,5 +1,6 @@
 """Every kind of Linen layer, through the public API, against the paper's loops."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -221,20 +222,29 @@ def einsum_experts(draw):
   return model, (N, experts, n), entries
 
 
+@functools.cache
+def recorder(model):
+  @jax.jit
+  def run(params, args, kwargs):
+    inputs = {}
+
+    def interceptor(next_fun, args, kwargs, context):
+      if context.method_name == "__call__" and isinstance(
+        context.module, nn.Dense | nn.DenseGeneral | nn.linear._Conv
+      ):
+        inputs.setdefault(context.module.path, []).append(args[0])
+      return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+      outputs = model.apply({"params": params}, *args, **kwargs)
+    return outputs, inputs
+
+  return run
+
+
 def record(model, params, *args, **kwargs):
-  """The inputs of every layer, by path, as the model runs eagerly: `{path: [inputs of a call]}`."""
-  inputs = {}
-
-  def interceptor(next_fun, args, kwargs, context):
-    if context.method_name == "__call__" and isinstance(
-      context.module, nn.Dense | nn.DenseGeneral | nn.linear._Conv
-    ):
-      inputs.setdefault(context.module.path, []).append(np.asarray(args[0]))
-    return next_fun(*args, **kwargs)
-
-  with nn.intercept_methods(interceptor):
-    model.apply({"params": params}, *args, **kwargs)
-  return inputs
+  """What a model gives, and what each layer in it is given: `{path: [inputs of a call]}`."""
+  return jax.tree.map(np.asarray, recorder(model)(params, args, kwargs))
 
 
 class SelfAndCross(nn.Module):
@@ -254,7 +264,7 @@ def attention(draw):
   model = SelfAndCross()
 
   def entries(params, x):
-    inputs = record(model, params, x)
+    _, inputs = record(model, params, x)
     out = []
     for path, (h,) in inputs.items():
       h = h.reshape(*h.shape[:2], -1)
@@ -285,10 +295,12 @@ def recurrent_cells(draw):
 
   def entries(params, x):
     params = params["cell"]
-    carry, states = cell.initialize_carry(jax.random.key(0), x[:, 0].shape), []
+    init = jax.jit(cell.initialize_carry, static_argnums=1)
+    step = jax.jit(lambda carry, x: cell.apply({"params": params}, carry, x)[0])
+    carry, states = init(jax.random.key(0), x[:, 0].shape), []
     for t in range(time):
       states.append(np.asarray(carry[1] if isinstance(carry, tuple) else carry))
-      carry, _ = cell.apply({"params": params}, carry, jnp.asarray(x[:, t]))
+      carry = step(carry, x[:, t])
     out = [Entry(("cell", name), x, time) for name in from_inputs]
     return out + [Entry(("cell", name), np.stack(states, 1), time) for name in from_state]
 
@@ -335,11 +347,11 @@ def scanned_layers(draw):
     out = []
     for i in range(length):
       block = at(params["blocks"], i)
-      inputs = record(Block(), block, x, None)
+      outputs, inputs = record(Block(), block, x, None)
       down = inputs[("down",)][0].reshape(N, time, 4)
       out.append(Entry(("blocks", "up"), x, time, index=(i,)))
       out.append(Entry(("blocks", "down"), down, time, index=(i,), features=2))
-      x = np.asarray(Block().apply({"params": block}, x, None)[0])
+      x = outputs[0]
     return out
 
   return model, (N, time, n), entries
@@ -388,8 +400,7 @@ class Normalized(nn.Module):
   wrapper: type
 
   @nn.compact
-  def __call__(self, x):
-    kwargs = {"update_stats": False} if self.wrapper is nn.SpectralNorm else {}
+  def __call__(self, x, **kwargs):
     x = self.wrapper(nn.Dense(3, name="first", **KERNEL), **KERNEL)(x, **kwargs)
     return self.wrapper(nn.Conv(2, (2,), name="second", **KERNEL), **KERNEL)(x, **kwargs)
 
@@ -400,7 +411,7 @@ def normalized_weights(draw):
   model = Normalized(nn.WeightNorm)
 
   def entries(params, x):
-    inputs = record(model, params, x)
+    _, inputs = record(model, params, x)
     return [
       Entry(path, h[0], x.shape[1], window=int(path[-1] == "second"))
       for path, h in inputs.items()
@@ -410,9 +421,30 @@ def normalized_weights(draw):
   return model, (N, draw(st.integers(1, 3)), draw(st.integers(1, 3))), entries
 
 
+class Adapted(nn.Module):
+  """A layer whose scope is shared by the module around it, which adds two layers there."""
+
+  @nn.compact
+  def __call__(self, x):
+    layer = nn.Dense(3, name="layer", **KERNEL)
+    nn.share_scope(self, layer)
+    return layer(x) + nn.Dense(3, name="up", **KERNEL)(nn.Dense(2, name="down", **KERNEL)(x))
+
+
+@case
+def shared_scope(draw):
+  """The kernel lies where the module around its layer does."""
+
+  def entries(params, x):
+    hidden = x @ np.asarray(params["down"]["kernel"]) + np.asarray(params["down"]["bias"])
+    return [Entry((), x), Entry(("down",), x), Entry(("up",), hidden)]
+
+  return Adapted(), (N, draw(st.integers(1, 3))), entries
+
+
 @pytest.mark.parametrize("kind", CASES)
 @hypothesis.settings(
-  max_examples=max(2, hypothesis.settings.default.max_examples // 8),
+  max_examples=max(2, hypothesis.settings.default.max_examples // 7),
   phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 @given(data=st.data())
@@ -420,9 +452,8 @@ def test_equals_the_paper_on_unrolled_inputs(kind, data):
   model, shape, entries = CASES[kind](data.draw)
   exact = kind.startswith("exact")
   rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-  layers = bnp_optax.linen.layers(
-    model, jax.ShapeDtypeStruct(shape, jnp.float64), exact_windows=exact, strict=True
-  )
+  inputs = jax.ShapeDtypeStruct(shape, jnp.float64)
+  layers = bnp_optax.linen.layers(model, inputs, exact_windows=exact, strict=True)
   tx = bnp_optax.scale_by_bnp(layers=layers)
 
   def loss_fn(params, x):
@@ -435,13 +466,103 @@ def test_equals_the_paper_on_unrolled_inputs(kind, data):
     (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x)
     return grads, *tx.update(grads, state, params, stats=stats)
 
-  params = jax.jit(model.init)(jax.random.key(0), jnp.ones(shape))["params"]
-  state, running = tx.init(params), {}
+  params = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+  state, running = jax.jit(lambda: tx.init(params))(), {}
   for _ in range(2):
     x = rng.normal(2, 1.5, shape)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
-    grads, updates, state = step(params, state, jnp.asarray(x))
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
+    grads, updates, state = step(params, state, x)
     grads = jax.tree.map(np.asarray, grads)
     expected = unrolled.step(entries(params, x), grads, running)
     assert set(expected) == set(layers)
     assert unrolled.relative_error(updates, expected) <= 1e-12
+
+
+# Layers that keep variables of their own beside their parameters.
+
+
+def stepper(model, tx, collection, **kwargs):
+  """A step that also returns the gradients and the new variables of a collection."""
+
+  @jax.jit
+  def step(params, variables, state, x):
+    def loss_fn(params):
+      with bnp_optax.linen.sow_statistics():
+        y, aux = model.apply(
+          {"params": params, collection: variables},
+          x,
+          mutable=["intermediates", collection],
+          **kwargs,
+        )
+      return jnp.sum(jnp.sin(3 * y)) / N, aux
+
+    grads, aux = jax.grad(loss_fn, has_aux=True)(params)
+    return grads, aux[collection], *tx.update(grads, state, params, stats=aux["intermediates"])
+
+  return step
+
+
+def test_decoding():
+  """Each step of decode mode sees what causal attention sees at that position."""
+  model = nn.MultiHeadDotProductAttention(2, qkv_features=4, decode=True, **KERNEL)
+  x = np.random.default_rng(0).normal(2, 1.5, (N, 4, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  params, cache = variables["params"], variables["cache"]
+  _, inputs = record(model.clone(decode=False), params, x, mask=nn.make_causal_mask(x[..., 0]))
+  layers = bnp_optax.linen.layers(model, x, strict=True)
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  step, state, running = stepper(model, tx, "cache"), tx.init(params), {}
+  for t in range(4):
+    with jax.numpy_dtype_promotion("standard"):  # The cache's index is an int32.
+      grads, cache, updates, state = step(params, cache, state, x[:, t : t + 1])
+    entries = [
+      Entry(path, h[:, t].reshape(N, -1), features=2 if path[-1] == "out" else 1)
+      for path, (h,) in inputs.items()
+    ]
+    expected = unrolled.step(entries, jax.tree.map(np.asarray, grads), running)
+    assert set(expected) == set(layers)
+    assert unrolled.relative_error(updates, expected) <= 1e-12
+  assert cache["cache_index"] == 4
+
+
+def power_iteration(kernel, u):
+  """Spectral normalization by hand: the kernel over its largest singular value; `u` and that."""
+  matrix = kernel.reshape(-1, kernel.shape[-1])
+  normalize = lambda x: x / np.sqrt(np.sum(x**2) + 1e-12)
+  v = normalize(u @ matrix.T)
+  u = normalize(v @ matrix)
+  sigma = (v @ matrix @ u.T).item()
+  return kernel / sigma, u, sigma
+
+
+def test_spectral_norm():
+  """The parameter's gradient is preconditioned by what the normalized kernel multiplies."""
+  model, rng = Normalized(nn.SpectralNorm), np.random.default_rng(0)
+  x = rng.normal(2, 1.5, (N, 4, 3))
+  variables = jax.jit(lambda key, x: model.init(key, x, update_stats=False))(jax.random.key(0), x)
+  params, statistics = variables["params"], variables["batch_stats"]
+  layers = bnp_optax.linen.layers(model, x, update_stats=True, strict=True)
+  assert layers == bnp_optax.linen.layers(model, x, update_stats=False)
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  step, state = stepper(model, tx, "batch_stats", update_stats=True), tx.init(params)
+  running = {}
+  for _ in range(3):
+    first, second = (
+      power_iteration(
+        np.asarray(params[name]["kernel"]),
+        np.asarray(statistics[f"SpectralNorm_{i}"][f"{name}/kernel/u"]),
+      )
+      for i, name in enumerate(("first", "second"))
+    )
+    hidden = x @ first[0] + np.asarray(params["first"]["bias"])
+    entries = [Entry(("first",), x, 4), Entry(("second",), hidden, 4, window=1)]
+    grads, statistics, updates, state = step(params, statistics, state, x)
+    for i, (name, (_, u, sigma)) in enumerate((("first", first), ("second", second))):
+      seen = statistics[f"SpectralNorm_{i}"]
+      np.testing.assert_allclose(seen[f"{name}/kernel/u"], u, rtol=1e-12)
+      np.testing.assert_allclose(seen[f"{name}/kernel/sigma"], sigma, rtol=1e-12)
+    expected = unrolled.step(entries, jax.tree.map(np.asarray, grads), running)
+    assert set(expected) == set(layers)
+    assert unrolled.relative_error(updates, expected) <= 1e-12
+    params = jax.tree.map(lambda p, u: np.asarray(p) - 0.1 * np.asarray(u), params, updates)
+    x = rng.normal(2, 1.5, x.shape)

@@ -1,5 +1,6 @@
 """The canonical form of a kernel, and the mapping and table of layers."""
 
+import functools
 import math
 import time
 
@@ -201,12 +202,17 @@ def test_proposition_10(seed, half, size):
     model = nn.Conv(2, (k, k), param_dtype=jnp.float64)
     stats = {}
     params = jax.eval_shape(model.init, jax.random.key(0), x)
-    params = jax.tree.map(lambda p: jnp.ones(p.shape, p.dtype), params)
-    for exact in (False, True):
+    params = jax.tree.map(lambda p: np.ones(p.shape), params)
+
+    @functools.partial(jax.jit, static_argnames="exact")
+    def see(params, x, exact):
       with bnp_optax.linen.sow_statistics(exact_windows=exact):
-        _, aux = model.apply(params, jnp.asarray(x), mutable=["intermediates"])
+        _, aux = model.apply(params, x, mutable=["intermediates"])
       seen = aux["intermediates"]["layer_statistics"]
-      stats[exact] = np.asarray(seen.mean), np.asarray(seen.variance)
+      return seen.mean, seen.variance
+
+    for exact in (False, True):
+      stats[exact] = jax.tree.map(np.asarray, see(params, x, exact=exact))
   mean, variance = (s.reshape(k * k, 3) for s in stats[True])
   rows = unrolled.windows(x, (k, k), (1, 1), (1, 1), [(half, half)] * 2).reshape(k * k, -1, 3)
   np.testing.assert_allclose(mean, rows.mean(1), rtol=1e-12, atol=1e-13)

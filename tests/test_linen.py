@@ -12,23 +12,25 @@ import pytest
 import bnp_optax
 from bnp_optax.linen import sow_statistics
 from tests import problems
-
-pytestmark = pytest.mark.usefixtures("optimized")
+from tests.compiling import AS_USERS_DO
 
 
 def see(model, params, *args, context=None, **kwargs):
   """The intermediates of one jitted forward pass with statistics."""
 
   @jax.jit
-  def forward(params, args, kwargs):
+  def forward(params, args):
     with sow_statistics(**(context or {})):
       return model.apply({"params": params}, *args, mutable=["intermediates"], **kwargs)[1]
 
-  return forward(params, args, kwargs).get("intermediates", {})
+  return forward(params, args).get("intermediates", {})
 
 
 def init(model, *args, **kwargs):
-  return jax.jit(model.init)(jax.random.key(0), *args, **kwargs)["params"]
+  """Parameters for a model: random numbers, which take no program of their own."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)["params"]
+  return jax.tree.map(lambda p: jax.device_put(rng.normal(size=p.shape).astype(p.dtype)), shapes)
 
 
 def check(statistics, rows, *, examples=None, tolerance=1e-6):
@@ -41,7 +43,7 @@ def check(statistics, rows, *, examples=None, tolerance=1e-6):
 
 
 def uniform(*shape, seed=0, dtype=jnp.float32):
-  return jnp.asarray(np.random.default_rng(seed).uniform(1, 2, shape), dtype)
+  return jax.device_put(np.random.default_rng(seed).uniform(1, 2, shape).astype(dtype))
 
 
 # It changes nothing.
@@ -73,7 +75,8 @@ def test_outputs_and_gradients_are_bitwise_the_same(model):
     return jnp.sum((outputs - y) ** 2), (outputs, aux["intermediates"])
 
   run = lambda sow: jax.jit(
-    jax.value_and_grad(functools.partial(loss_fn, sow=sow), has_aux=True), static_argnames="sow"
+    jax.value_and_grad(functools.partial(loss_fn, sow=sow), has_aux=True),
+    compiler_options=AS_USERS_DO,
   )(params, batch)
   (loss, (outputs, _)), grads = run(False)
   (sown_loss, (sown_outputs, stats)), sown_grads = run(True)
@@ -92,10 +95,15 @@ def test_what_the_model_sows_is_untouched():
 
 def test_nothing_is_sown_into_other_collections_or_at_init():
   model, x = problems.MLP(), uniform(4, 5)
-  with sow_statistics():
-    assert set(model.init(jax.random.key(0), x)) == {"params"}
-    outputs = model.apply({"params": init(model, x)}, x)
-  assert isinstance(outputs, jax.Array)
+
+  def run(x):
+    with sow_statistics():
+      variables = model.init(jax.random.key(0), x)
+      return variables, model.apply(variables, x)
+
+  variables, outputs = jax.eval_shape(run, x)
+  assert set(variables) == {"params"}
+  assert outputs.shape == (4, 3)
 
 
 def test_the_second_call_compiles_nothing():
@@ -152,10 +160,9 @@ def test_setup_and_methods():
   x = uniform(6, 5)
   params = init(Setup(), x)
   assert set(see(Setup(), params, x)) == {"layers_0", "layers_1", "heads_a"}
-  with sow_statistics():
-    _, aux = Setup().apply({"params": params}, x, mutable=["intermediates"], method=Setup.encode)
-  assert set(aux["intermediates"]) == {"layers_0", "layers_1"}
-  check(aux["intermediates"]["layers_0"]["layer_statistics"], x)
+  stats = see(Setup(), params, x, method=Setup.encode)
+  assert set(stats) == {"layers_0", "layers_1"}
+  check(stats["layers_0"]["layer_statistics"], x)
 
 
 class Shared(nn.Module):
@@ -173,8 +180,8 @@ def test_lifted_transforms(wrap):
   params = init(problems.MLP(), x)
   model = wrap(problems.MLP)()
   # Traced before without statistics: nothing stale may come back.
-  model.apply({"params": params}, x)
-  model.apply({"params": params}, x, mutable=["intermediates"])
+  jax.eval_shape(lambda: model.apply({"params": params}, x))
+  jax.eval_shape(lambda: model.apply({"params": params}, x, mutable=["intermediates"]))
   stats = see(model, params, x)
   chex.assert_trees_all_close(stats, see(problems.MLP(), params, x), rtol=1e-6)
   _, stats = problems.grads_and_stats(model, params, (x, jnp.zeros((4, 3))))
@@ -188,7 +195,7 @@ def test_share_scope():
   stats = see(Shared(), params, x)
   check(stats["first"]["layer_statistics"], x)
   tx = bnp_optax.scale_by_bnp()
-  tx.update(params, tx.init(params), stats=stats)
+  jax.eval_shape(tx.update, params, tx.init(params), stats=stats)
 
 
 def test_a_subclass_that_calls_its_parent_is_read_once():
@@ -335,7 +342,8 @@ class Scanned(nn.Module):
 
 def update(model, params, x, layers=None, **context):
   tx = bnp_optax.scale_by_bnp(layers=layers)
-  return tx.update(params, tx.init(params), stats=see(model, params, x, context=context))
+  stats = see(model, params, x, context=context)
+  return jax.jit(tx.update)(params, tx.init(params), stats=stats)
 
 
 def test_lost_under_scan():

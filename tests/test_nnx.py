@@ -16,6 +16,7 @@ import pytest
 import bnp_optax
 from bnp_optax.nnx import Statistics, sow_statistics
 from tests import unrolled
+from tests.test_layers_linen import power_iteration, record
 
 N = 3
 KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.LoRA)
@@ -32,8 +33,13 @@ def rngs():
   return nnx.Rngs(0)
 
 
+def build(make):
+  """The model `make(rngs)`, initialized in one program."""
+  return nnx.jit(lambda: make(rngs()))()
+
+
 def uniform(*shape, seed=0, dtype=jnp.float32):
-  return jnp.asarray(np.random.default_rng(seed).uniform(1, 2, shape), dtype)
+  return jax.device_put(np.random.default_rng(seed).uniform(1, 2, shape).astype(dtype))
 
 
 def loss_fn(model, x, **context):
@@ -131,8 +137,9 @@ def as_in_linen(state):
 
 
 def update(layers, params, grads, stats):
+  """The first update."""
   tx = bnp_optax.scale_by_bnp(layers=layers)
-  return jax.jit(lambda g, s, stats: tx.update(g, s, stats=stats)[0])(grads, tx.init(params), stats)
+  return jax.jit(lambda: tx.update(grads, tx.init(params), stats=stats)[0])()
 
 
 class LinenCNN(nn.Module):
@@ -195,7 +202,7 @@ def test_twins(kind):
   promotion = "standard" if kind in SOFTMAX_IN_FLOAT32 else "strict"
   with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
     linen, make, shape = TWINS[kind]
-    model, x = make(nnx.Rngs(0)), uniform(*shape, dtype=jnp.float64)
+    model, x = build(make), uniform(*shape, dtype=jnp.float64)
     params = as_in_linen(nnx.state(model, nnx.Param))
 
     def linen_loss(params):
@@ -210,8 +217,77 @@ def test_twins(kind):
     grads, stats = grads_and_stats(model, x, exact_windows=exact)
     layers = bnp_optax.nnx.layers(model, x, strict=True, exact_windows=exact)
     actual = as_in_linen(update(layers, nnx.state(model, nnx.Param), grads, stats))
-    difference = optax.tree.norm(optax.tree.sub(actual, expected)) / optax.tree.norm(expected)
+    chex.assert_trees_all_equal_structs(actual, expected)
+    actual, expected = (
+      np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+      for tree in (actual, expected)
+    )
+    difference = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
     assert difference <= (1e-5 if kind in SOFTMAX_IN_FLOAT32 else 1e-12)
+
+
+def check_update(layers, model, grads, stats, entries, tolerance=1e-12):
+  """Checks the first update from `grads` and `stats` against the paper's loops."""
+  updates = nnx.to_pure_dict(update(layers, nnx.state(model, nnx.Param), grads, stats))
+  grads = jax.tree.map(np.asarray, nnx.to_pure_dict(grads))
+  expected = unrolled.step(entries, grads, {})
+  assert set(expected) == set(layers)
+  assert unrolled.relative_error(updates, expected) <= tolerance
+
+
+def test_decoding():
+  """Each step of decode mode sees what causal attention sees at that position."""
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    model = build(lambda rngs: nnx.MultiHeadAttention(2, 3, 4, decode=True, rngs=rngs, **P))
+    x = uniform(N, 4, 3, dtype=jnp.float64)
+    params = as_in_linen(nnx.state(model, nnx.Param))
+    whole = nn.MultiHeadDotProductAttention(2, qkv_features=4, **P)
+    _, inputs = record(whole, params, x, mask=nn.make_causal_mask(x[..., 0]))
+    model.init_cache(x.shape, jnp.float64)
+    layers = bnp_optax.nnx.layers(model, x[:, :1], strict=True)
+    for t in range(4):
+      grads, stats = grads_and_stats(model, x[:, t : t + 1])
+      entries = [
+        unrolled.Entry(path, h[:, t].reshape(N, -1), features=2 if path[-1] == "out" else 1)
+        for path, (h,) in inputs.items()
+      ]
+      check_update(layers, model, grads, stats, entries, tolerance=1e-5)
+    assert model.cache_index[...] == 4
+
+
+class Normalized(nnx.Module):
+  """Layers whose kernels are normalized before they multiply."""
+
+  def __init__(self, wrapper, rngs):
+    self.first = wrapper(nnx.Linear(3, 4, rngs=rngs, **P), rngs=rngs, **P)
+    self.second = wrapper(nnx.Conv(4, 2, (2,), rngs=rngs, **P), rngs=rngs, **P)
+
+  def __call__(self, x):
+    return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_normalized_weights(wrapper):
+  """The parameter's gradient is preconditioned by what the normalized kernel multiplies."""
+  with jax.enable_x64(True):
+    kwargs = {"update_stats": True} if wrapper is nnx.SpectralNorm else {}
+    model = build(lambda rngs: Normalized(functools.partial(wrapper, **kwargs), rngs))
+    x = uniform(N, 4, 3, dtype=jnp.float64)
+    kernel = np.asarray(model.first.layer_instance.kernel[...])
+    if wrapper is nnx.WeightNorm:
+      normalized = kernel / np.linalg.norm(kernel, axis=0)
+    else:
+      u = np.asarray(model.first.batch_stats["kernel", "u"][...])
+      normalized, _, _ = power_iteration(kernel, u)
+    layers = bnp_optax.nnx.layers(model, x, strict=True)
+    np.testing.assert_array_equal(model.first.layer_instance.kernel[...], kernel)
+    hidden = np.asarray(x) @ normalized
+    entries = [
+      unrolled.Entry(("first", "layer_instance"), np.asarray(x), 4),
+      unrolled.Entry(("second", "layer_instance"), hidden, 4, window=1),
+    ]
+    grads, stats = grads_and_stats(model, x)
+    check_update(layers, model, grads, stats, entries)
 
 
 def test_a_param_shared_by_two_modules_is_refused():
@@ -230,22 +306,19 @@ def test_a_param_shared_by_two_modules_is_refused():
 def test_lora():
   """Two linear maps after each other, beside the one that they adapt."""
   with jax.enable_x64(True):
-    model = nnx.LoRALinear(5, 4, lora_rank=2, rngs=rngs(), lora_param_dtype=jnp.float64, **P)
+    make = functools.partial(nnx.LoRALinear, lora_rank=2, lora_param_dtype=jnp.float64, **P)
+    model = build(lambda rngs: make(5, 4, rngs=rngs))
     model.lora.lora_b[...] = uniform(2, 4, dtype=jnp.float64)
     x = uniform(N, 5, dtype=jnp.float64)
-    grads, stats = nnx.grad(loss_fn, argnums=nnx.DiffState(0, nnx.Param), has_aux=True)(model, x)
+    grads, stats = grads_and_stats(model, x)
     layers = bnp_optax.nnx.layers(model, x, strict=True)
-    updates = nnx.to_pure_dict(update(layers, nnx.state(model, nnx.Param), grads, stats))
     hidden = np.asarray(x) @ np.asarray(model.lora.lora_a[...])
     entries = [
       unrolled.Entry((), np.asarray(x)),
       unrolled.Entry(("lora",), np.asarray(x), kernel="lora_a"),
       unrolled.Entry(("lora",), hidden, kernel="lora_b"),
     ]
-    grads = jax.tree.map(np.asarray, nnx.to_pure_dict(grads))
-    expected = unrolled.step(entries, grads, {})
-    assert set(expected) == set(layers)
-    assert unrolled.relative_error(updates, expected) <= 1e-12
+    check_update(layers, model, grads, stats, entries)
 
 
 # It changes nothing.
@@ -285,7 +358,7 @@ def test_shared_modules_and_lists():
   assert (first.rows, first.examples, shared.rows, shared.examples) == (N, N, 2 * N, N)
   optimizer = nnx.Optimizer(model, bnp_optax.scale_by_bnp(), wrt=nnx.Param)
   grads, stats = grads_and_stats(model, x)
-  optimizer.update(model, grads, stats=stats)
+  nnx.jit(lambda model, optimizer: optimizer.update(model, grads, stats=stats))(model, optimizer)
   mean = optimizer.opt_state.input_mean["layers"]
   np.testing.assert_allclose(mean[0]["kernel"][...], 0.01 * np.mean(x, 0), rtol=1e-5)
 
@@ -347,9 +420,14 @@ def test_scanned_layers(remat):
 def test_vmap_over_examples():
   """Statistics of examples mapped by vmap are summed by the user."""
   model, x = MLP(rngs()), uniform(N, 5)
-  with sow_statistics():
-    one = lambda model, x: nnx.capture(model, Statistics)(x[None])
-    _, stats = nnx.vmap(one, in_axes=(None, 0))(model, x)
+
+  @nnx.jit
+  def mapped(model):
+    with sow_statistics():
+      one = lambda model, x: nnx.capture(model, Statistics)(x[None])
+      return nnx.vmap(one, in_axes=(None, 0))(model, x)
+
+  _, stats = mapped(model)
   stats = jax.tree.map(lambda s: jnp.sum(s, 0), stats)
   _, expected = grads_and_stats(model, x)
   a, b = statistics(stats, "layers", 0), statistics(expected, "layers", 0)
@@ -419,9 +497,15 @@ def test_nothing_is_left_after_an_exception():
 
 def test_nested_contexts():
   model, x = MLP(rngs()), uniform(N, 2, 5)
-  with sow_statistics():
-    (_, inner) = loss_fn(model, x, example_axes=2)
-    _, outer = nnx.capture(model, Statistics)(x)
+
+  @nnx.jit
+  def nested(model):
+    with sow_statistics():
+      (_, inner) = loss_fn(model, x, example_axes=2)
+      _, outer = nnx.capture(model, Statistics)(x)
+    return inner, outer
+
+  inner, outer = nested(model)
   assert statistics(inner, "layers", 0).examples == 2 * N
   assert statistics(outer, "layers", 0).examples == N
 
@@ -430,7 +514,8 @@ def test_threads():
   """Sixteen threads trace different models at once, one in two of them without statistics."""
 
   def work(i):
-    model, x = nnx.Linear(2 + i, 3, rngs=rngs()), uniform(2 + i, 2 + i)
+    model = nnx.eval_shape(lambda: nnx.Linear(2 + i, 3, rngs=rngs()))
+    x = jax.ShapeDtypeStruct((2 + i, 2 + i), jnp.float32)
     for _ in range(5):
       if i % 2:
         assert nnx.eval_shape(lambda model, x: model(x), model, x).shape == (2 + i, 3)

@@ -48,7 +48,7 @@ def test_dtypes(kernel):
     grads, stats = problems.grads_and_stats(problems.MLP(kernel), params, batch)
     tx = bnp_optax.scale_by_bnp()
     state = tx.init(params)
-    updates, new_state = tx.update(grads, state, stats=stats)
+    updates, new_state = jax.jit(tx.update)(grads, state, stats=stats)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     expected = "float64" if kernel == "float64" else "float32"
@@ -82,10 +82,10 @@ def test_parameters_of_no_linear_layer_pass_through_untouched():
       return nn.Dense(3, name="head")(h) * self.param("gain", nn.initializers.ones, (3,))[None]
 
   tokens = jnp.arange(6) % 7
-  params = Model().init(jax.random.key(0), tokens)["params"]
+  params = jax.jit(Model().init)(jax.random.key(0), tokens)["params"]
   grads, stats = problems.grads_and_stats(Model(), params, (tokens, jnp.ones((6, 3))))
   tx = bnp_optax.scale_by_bnp()
-  updates, _ = tx.update(grads, tx.init(params), stats=stats)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
   for name in ("embed", "norm", "gain"):
     chex.assert_trees_all_equal(updates[name], grads[name])
   assert not np.allclose(updates["head"]["kernel"], grads["head"]["kernel"])
@@ -131,7 +131,7 @@ def test_a_layer_without_bias_uses_the_second_moment():
   params, (x, y) = problems.make(model, (8, 5))
   grads, stats = problems.grads_and_stats(model, params, (x, y))
   tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0)
-  updates, state = tx.update(grads, tx.init(params), stats=stats)
+  updates, state = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
   second_moment = np.mean(np.square(x, dtype=np.float64), axis=0)
   np.testing.assert_array_equal(state.input_mean["kernel"], np.zeros(5))
   np.testing.assert_allclose(state.input_variance["kernel"], second_moment, rtol=1e-6)

@@ -96,10 +96,9 @@ def relative_error(updates, expected):
     if b is not None:
       actual, right = [*actual, np.ravel(where["bias"])], [*right, np.ravel(b)]
     right = np.concatenate(right)
-    # A kernel whose gradient is zero has an update of zero.
-    # A kernel whose gradient is zero has an update of zero.
+    # A kernel whose gradient is zero has an update of zero. Unlike max(), np.maximum keeps a NaN.
     error = np.linalg.norm(np.concatenate(actual) - right)
-    worst = max(worst, error / np.linalg.norm(right) if error else 0.0)
+    worst = np.maximum(worst, error / np.linalg.norm(right) if error else 0.0)
   return worst
 
 
