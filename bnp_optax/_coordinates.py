@@ -7,6 +7,7 @@ import jax
 import optax
 
 from bnp_optax import _preconditioner
+from bnp_optax._matching import check_state
 from bnp_optax._transform import (
   Layouts,
   ScaleByBnpState,
@@ -107,6 +108,7 @@ def bnp(
     stats: Any = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, BnpState]:
+    check_state(state, BnpState)
     statistics, P = advance_statistics(
       updates, state.statistics, stats, layers, decay, eps_relative, eps_absolute
     )

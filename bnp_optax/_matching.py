@@ -159,13 +159,23 @@ def _is_another(layout: KernelLayout, seen: KernelLayout | None) -> bool:
   )
 
 
+def check_state(state: Any, kind: type) -> None:
+  """Raises ValueError if a state is not of its own type, as one restored without a target is."""
+  if not isinstance(state, kind):
+    raise ValueError(
+      f"BNP was given a state that is a {type(state).__name__}, not a {kind.__name__}. If it was "
+      "restored from a checkpoint, restore it into the structure of this optimizer's state, as in "
+      "checkpointer.restore(path, jax.eval_shape(tx.init, params)); else call tx.init."
+    )
+
+
 def match_state(
   field: str, tree: Any, treedef: Any, leaves: list[Any], layers: list[Layer]
 ) -> list[Any]:
   """The leaves of a field of the state, in the order of the gradients' leaves.
 
   Raises:
-    ValueError: if the state was made for other parameters.
+    ValueError: if the state was made for other parameters, or was cast to less than float32.
   """
   found, structure = flatten_masked(tree)
   expected = {
@@ -177,6 +187,11 @@ def match_state(
       raise ValueError(
         f"Layer {layer}: the state's {field} should be of shape {expected[layer.kernel]}, found "
         f"{saw}. The state was made for other parameters: call tx.init with these."
+      )
+    if (dtype := found[layer.kernel].dtype) not in ("float32", "float64"):
+      raise ValueError(
+        f"Layer {layer}: the state's {field} is {dtype}. In less than float32 a running mean stops "
+        "long before it is right: leave the state in the dtype that tx.init gave it."
       )
   if structure != treedef or any(
     not _is_masked(x) for i, x in enumerate(found) if i not in expected

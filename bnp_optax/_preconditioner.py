@@ -43,11 +43,10 @@ def update_statistics(
   one_minus_rho: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Step 2: the running mean and variance after a batch with ``mu_H``, ``sigma2_H``, ``rows``."""
-  # rho mu + (1 - rho) mu_H, but rounded once: a large mean must be known to its last digits.
-  mu = mu + one_minus_rho * (mu_H - mu)
+  mu = _towards(mu, mu_H, one_minus_rho)
   # One row has no variance of its own: the paper takes it about the running mean.
   sigma2_H = jnp.where(rows == 1, sigma2_H + (mu_H - mu) ** 2, sigma2_H)
-  return mu, sigma2 + one_minus_rho * (sigma2_H - sigma2)
+  return mu, _towards(sigma2, sigma2_H, one_minus_rho)
 
 
 def preconditioner(
@@ -99,7 +98,20 @@ def precondition(
   p: Preconditioner, g_w: jax.Array, g_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P P^T``: steps 4 and 5. The second uses the ``G_w`` that the first has updated."""
-  return apply(p, *apply_transpose(p, g_w, g_b))
+  # What apply(apply_transpose()) is, with one product an entry less.
+  scale = (1 / (p.sigma * p.q))[..., None] ** 2
+  if g_b is None:
+    return g_w * scale, None
+  G_w = (g_w - p.mu[..., None] * g_b[:, None, None, :]) * scale
+  # Not sum (mu / s2 q2) g_w - (...) g_b, which would spare a pass: it cancels, and loses a digit.
+  return G_w, g_b / p.q[..., 0] ** 2 - _mean_output(p, G_w)
+
+
+def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:
+  """``(1 - part) old + part new``, rounded once, and about as finely as the nearer end is."""
+  # A large mean must be known to its last digits, and so must a small variance after a large one.
+  step = new - old
+  return jnp.where(part < 0.5, old + part * step, new - (1 - part) * step)
 
 
 def _mean_output(p: Preconditioner, w: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from bnp_optax import _preconditioner
 from bnp_optax._matching import (
   Layer,
   Layouts,
+  check_state,
   find_layers,
   flatten_masked,
   match_state,
@@ -190,6 +191,7 @@ def advance_statistics(
   eps_absolute: chex.Numeric,
 ) -> tuple[ScaleByBnpState, list[tuple[Layer, Preconditioner]]]:
   """Steps 2 and 3 for every layer: the new running statistics and the preconditioners they give."""
+  check_state(state, ScaleByBnpState)
   leaves, treedef = flatten_masked(updates)
   layers = find_layers(updates, layouts)
   mean = match_state("input_mean", state.input_mean, treedef, leaves, layers)

@@ -66,14 +66,28 @@ class Results:
     """Adds a record, which is out of this process when this returns.
 
     The first one comes after a record of what made it; a run that adds nothing leaves no trace.
+
+    Raises:
+      ExperimentError: The disk is full, or gone; the file is as it was before.
     """
     if self._command is not None:
       command, self._command = self._command, None
       self.append(_header(command))
     line = json.dumps(_without_nan(record), allow_nan=False)
-    self._file.write(line.encode() + b"\n")
-    self._file.flush()
+    self._write(line.encode() + b"\n")
     self._records.append(json.loads(line))
+
+  def _write(self, line: bytes) -> None:
+    end = self._file.seek(0, os.SEEK_END)
+    try:
+      while line:
+        line = line[self._file.write(line) :]
+    except OSError as error:
+      self._file.truncate(end)
+      raise ExperimentError(
+        f"cannot write to {self._path}: {error.strerror}. What is there is whole: make room, and "
+        "run again to go on from it"
+      ) from error
 
 
 @contextlib.contextmanager
@@ -94,7 +108,8 @@ def open_results(folder: pathlib.Path, command: list[str]) -> Iterator[Results]:
   path = folder / FILE
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+b")
+    # Unbuffered: what could not be written must not be tried again when the file is closed.
+    file = path.open("a+b", buffering=0)
   except OSError as error:
     raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
   with file:

@@ -1,0 +1,276 @@
+"""Many devices and many processes take the steps of one, and what they tell each other."""
+
+import collections
+import functools
+import itertools
+import math
+import re
+
+import chex
+import jax
+from jax import lax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import bnp_optax
+from tests import distributed_worker
+from tests.distributed_worker import BATCH_SIZE, P, bnp, make_batches, make_mesh, run_processes
+
+STEPS = 200
+PRECISIONS = {"float32": 1e-6, "float64": 1e-12}
+
+
+def local(params, state, batch, tx, **kwargs):
+  return distributed_worker.step(tx, params, state, batch, **kwargs)
+
+
+def global_loss_fn(params, batch):
+  """Under shard_map, the gradient of the mean over devices is the mean of their gradients."""
+  loss, stats = distributed_worker.loss_fn(params, batch)
+  return lax.pmean(loss, "data"), lax.psum(stats, "data")
+
+
+# What each of JAX's engines is given, once for all steps and for each batch.
+
+
+def one(step, devices):
+  del devices
+  return jax.jit(step), lambda batch: batch
+
+
+def jitted(step, devices):
+  sharding = jax.NamedSharding(make_mesh((devices,), ("data",)), P("data"))
+  return jax.jit(step), lambda batch: jax.device_put(batch, sharding)
+
+
+def shard_mapped(step, devices):
+  mesh = make_mesh((devices,), ("data",))
+  step = functools.partial(step, loss_fn=global_loss_fn)
+  specs = {"in_specs": (P(), P(), P("data")), "out_specs": P()}
+  return jax.jit(jax.shard_map(step, mesh=mesh, **specs)), lambda batch: batch
+
+
+def pmapped(step, devices):
+  average = lambda grads, stats: (lax.pmean(grads, "data"), lax.psum(stats, "data"))
+  step = functools.partial(step, average=average)
+  split = lambda x: x.reshape(devices, -1, *x.shape[1:])
+  run = jax.pmap(
+    step, "data", in_axes=(None, None, 0), out_axes=None, devices=jax.devices()[:devices]
+  )
+  return run, lambda batch: jax.tree.map(split, batch)
+
+
+ENGINES = {"jit": jitted, "shard_map": shard_mapped, "pmap": pmapped}
+# The others are slow; `jit` in float64 is below, with parameters that are split.
+QUICK = [("jit", 8, "float32"), ("shard_map", 8, "float64")]
+
+
+def train(engine, devices, dtype, steps=STEPS, tx=None):
+  tx = bnp() if tx is None else tx
+  step, place = engine(functools.partial(local, tx=tx), devices)
+  carry = distributed_worker.start(tx, dtype)
+  for batch in zip(*make_batches(steps, dtype), strict=True):
+    # Programs of several steps at once, each on eight threads, may wait for each other for ever.
+    carry = jax.block_until_ready(step(*carry, place(batch)))
+  return jax.device_get(carry)
+
+
+@functools.cache
+def alone(dtype):
+  """What one device comes to."""
+  return train(one, 1, dtype)
+
+
+def distance(tree, other):
+  """The distance of two trees in the 2-norm, over the norm of the second."""
+  chex.assert_trees_all_equal_shapes_and_dtypes(tree, other)
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype("float64")
+  return np.linalg.norm(flat(tree) - flat(other)) / np.linalg.norm(flat(other))
+
+
+@pytest.mark.parametrize(
+  ("engine", "devices", "dtype"),
+  [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(ENGINES, (4, 8), PRECISIONS)
+  ],
+)
+def test_many_devices_come_to_the_same_parameters(engine, devices, dtype):
+  with jax.enable_x64(dtype == "float64"):
+    params, state = train(ENGINES[engine], devices, dtype)
+    expected, expected_state = alone(dtype)
+    assert distance(params, expected) <= PRECISIONS[dtype]
+    assert state[0].count == expected_state[0].count == STEPS
+    assert state[0].nonfinite_count == 0
+    # The run went somewhere, so that there was something to agree on.
+    untrained, _ = distributed_worker.start(bnp(), dtype)
+    assert distance(jax.device_get(untrained), expected) > 0.02
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_many_processes_come_to_the_same_parameters(processes, tmp_path):
+  """From a checkpoint of one process with eight devices, and back to it."""
+  with jax.enable_x64(True):
+    tx, batches = bnp(), make_batches(20, "float64")
+    replicated = jax.NamedSharding(make_mesh((8,), ("data",)), P())
+    carry = jax.device_put(distributed_worker.start(tx, "float64"), replicated)
+    np.savez(tmp_path / "batches.npz", images=batches[0], labels=batches[1])
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / "start", carry)
+      checkpointer.wait_until_finished()
+      run_processes(processes, tmp_path)
+      end = checkpointer.restore(
+        tmp_path / "end", jax.tree.map(ocp.utils.to_shape_dtype_struct, carry)
+      )
+    step, place = jitted(functools.partial(local, tx=tx), 8)
+    for batch in zip(*batches, strict=True):
+      carry = jax.block_until_ready(step(*carry, place(batch)))
+    params, state = jax.device_get(end)
+    expected, expected_state = jax.device_get(carry)
+    assert distance(params, expected) <= 1e-12
+    assert distance(state[0].input_mean, expected_state[0].input_mean) <= 1e-12
+    assert distance(state[0].input_variance, expected_state[0].input_variance) <= 1e-12
+    assert state[0].count == 20
+
+
+# What the recipes rest on.
+
+
+def test_statistics_summed_over_devices_are_those_of_the_whole_batch():
+  """Of all examples, above all: q divides by N."""
+  with jax.enable_x64(True):
+    params, _ = distributed_worker.start(bnp(), "float64")
+    images, labels = make_batches(1, "float64")
+    batch = (images[0], labels[0])
+    whole = jax.jit(lambda p, b: distributed_worker.loss_fn(p, b)[1])(params, batch)
+    see = lambda params, batch: global_loss_fn(params, batch)[1]
+    mesh = make_mesh((8,), ("data",))
+    shard_map = jax.shard_map(see, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    summed = jax.jit(shard_map)(params, batch)
+    for name, positions in {"first": 16, "second": 16, "head": 1}.items():
+      a, b = (stats[name]["layer_statistics"] for stats in (summed, whole))
+      assert (a.examples, a.rows) == (BATCH_SIZE, BATCH_SIZE * positions)
+      assert (b.examples, b.rows) == (a.examples, a.rows)
+      np.testing.assert_allclose(a.mean, b.mean, rtol=1e-13)
+      np.testing.assert_allclose(a.variance, b.variance, rtol=1e-11, atol=1e-16)
+
+
+def test_statistics_of_one_device_alone_are_refused_by_shard_map():
+  """A forgotten psum is an error of JAX's own, which says what varies."""
+
+  def forgetful(params, batch):
+    loss, stats = distributed_worker.loss_fn(params, batch)
+    return lax.pmean(loss, "data"), stats
+
+  tx = bnp()
+  carry = distributed_worker.start(tx, "float32")
+  images, labels = make_batches(1, "float32")
+  step = functools.partial(local, tx=tx, loss_fn=forgetful)
+  mesh, specs = make_mesh((8,), ("data",)), {"in_specs": (P(), P(), P("data")), "out_specs": P()}
+  with pytest.raises(ValueError, match="given out_specs"):
+    jax.eval_shape(jax.shard_map(step, mesh=mesh, **specs), *carry, (images[0], labels[0]))
+
+
+# Parameters and state that are split too.
+
+
+def run_sharded(specs, mesh, tx, steps=10):
+  """Trains with parameters split as `specs` say, and the state as docs/distributed.md says."""
+  params, _ = distributed_worker.start(tx, "float64")
+  sharding = lambda spec: jax.NamedSharding(mesh, spec)
+  params = jax.tree.map(lambda p, spec: jax.device_put(p, sharding(spec)), params, specs)
+  split = lambda x: isinstance(x.sharding, jax.NamedSharding)
+  state = jax.tree.map(
+    lambda x: x if split(x) else jax.device_put(x, sharding(P())), tx.init(params)
+  )
+  step = jax.jit(
+    functools.partial(local, tx=tx),
+    out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)),
+  )
+  for batch in zip(*make_batches(steps, "float64"), strict=True):
+    batch = jax.device_put(batch, sharding(P("data")))
+    params, state = jax.block_until_ready(step(params, state, batch))
+  return params, state
+
+
+SPECS = {
+  # FSDP: parameters are split over the axis that splits the batch.
+  "fsdp": (
+    (8,),
+    ("data",),
+    {
+      "first": {"kernel": P(), "bias": P()},
+      "second": {"kernel": P(None, None, None, "data")},
+      "head": {"kernel": P("data"), "bias": P()},
+    },
+  ),
+  # Tensor parallel: one convolution by its outputs, the next one by its inputs.
+  "tensor parallel": (
+    (2, 4),
+    ("data", "model"),
+    {
+      "first": {"kernel": P(None, None, None, "model"), "bias": P("model")},
+      "second": {"kernel": P(None, None, "model", None)},
+      "head": {"kernel": P("model"), "bias": P()},
+    },
+  ),
+}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("tensor parallel", marks=pytest.mark.slow)])
+def test_parameters_and_state_that_are_split(kind):
+  shape, axes, specs = SPECS[kind]
+  # SGD with momentum keeps a state for each parameter, split as the parameter is.
+  tx = bnp_optax.bnp(optax.sgd(0.05, momentum=0.9))
+  with jax.enable_x64(True):
+    mesh = make_mesh(shape, axes)
+    params, state = run_sharded(specs, mesh, tx)
+    expected, _ = train(one, 1, "float64", steps=10, tx=tx)
+    assert distance(jax.device_get(params), expected) <= 1e-12
+    for tree in (params, optax.tree.get(state, "trace")):
+      jax.tree.map(lambda x, spec: chex.assert_equal(x.sharding.spec, spec), tree, specs)
+    assert all(x.is_fully_replicated for x in jax.tree.leaves(state.statistics))
+
+
+# What goes over the wire.
+
+
+def wire(compiled):
+  """What each collective of a compiled program carries: `[(dtype, shape)]`."""
+  number = (
+    r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+  )
+  found = []
+  for line in compiled.as_text().splitlines():
+    if match := re.search(rf"= (.*?) (?:{number})(?:-start)?\(", line):
+      for dtype, shape in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", match[1]):
+        found.append((dtype, tuple(map(int, filter(None, shape.split(","))))))
+  return found
+
+
+def compiled_step(engine, tx, devices=8):
+  step, place = engine(functools.partial(local, tx=optax.with_extra_args_support(tx)), devices)
+  images, labels = make_batches(1, "float32")
+  return step.lower(
+    *distributed_worker.start(tx, "float32"), place((images[0], labels[0]))
+  ).compile()
+
+
+@pytest.mark.parametrize(("engine", "vectors", "scalars"), [("jit", 2, 0), ("shard_map", 3, 2)])
+def test_what_bnp_adds_to_the_wire(engine, vectors, scalars):
+  """Two vectors a layer, and three where its sums are added without knowing the mean of all."""
+  sizes = lambda tx: collections.Counter(
+    math.prod(shape) for _, shape in wire(compiled_step(ENGINES[engine], tx))
+  )
+  sgd, with_bnp = sizes(optax.sgd(0.02)), sizes(bnp())
+  parameters, _ = distributed_worker.start(bnp(), "float32")
+  # Plain SGD carries the gradients; the loss, of which nothing is made here, not even that.
+  assert sgd == collections.Counter(math.prod(p.shape) for p in jax.tree.leaves(parameters))
+  features = {"first": 1, "second": 4, "head": 128}
+  allowed = collections.Counter({n: vectors for n in features.values()})
+  allowed[1] += scalars * len(features)
+  assert (with_bnp - sgd).total() > 0
+  assert with_bnp - sgd <= allowed
