@@ -62,9 +62,8 @@ class BatchRenorm(nn.Module):
       a straight line to 5 at 25,000.
 
   References:
-    Ioffe, [Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
-    Models](https://arxiv.org/abs/1702.03275), NeurIPS 2017: Algorithm 1, and Section 4 for the
-    limits.
+    Ioffe, `Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models
+    <https://arxiv.org/abs/1702.03275>`_, NeurIPS 2017: Algorithm 1, and Section 4 for the limits.
   """
 
   use_running_average: bool | None = None
@@ -169,13 +168,13 @@ class GhostBatchNorm(nn.Module):
     example_weight: weight of the example's own moments in inference, from 0 to 1.
 
   References:
-    Hoffer, Hubara and Soudry, [Train longer, generalize better: closing the generalization gap in
-    large batch training of neural networks](https://arxiv.org/abs/1705.08741), NeurIPS 2017:
+    Hoffer, Hubara and Soudry, `Train longer, generalize better: closing the generalization gap in
+    large batch training of neural networks <https://arxiv.org/abs/1705.08741>`_, NeurIPS 2017:
     Algorithm 1.
 
-    Summers and Dinneen, [Four Things Everyone Should Know to Improve Batch
-    Normalization](https://arxiv.org/abs/1906.03548), ICLR 2020, in the form of the [authors'
-    code](https://github.com/ceciliaresearch/four_things_batch_norm).
+    Summers and Dinneen, `Four Things Everyone Should Know to Improve Batch Normalization
+    <https://arxiv.org/abs/1906.03548>`_, ICLR 2020, in the form of the `authors' code
+    <https://github.com/ceciliaresearch/four_things_batch_norm>`_.
   """
 
   use_running_average: bool | None = None
@@ -280,9 +279,9 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
     ValueError: from its update, if the parameters are not handed over.
 
   References:
-    Summers and Dinneen, [Four Things Everyone Should Know to Improve Batch
-    Normalization](https://arxiv.org/abs/1906.03548), ICLR 2020; that the scale decays towards 1 is
-    from the [authors' code](https://github.com/ceciliaresearch/four_things_batch_norm).
+    Summers and Dinneen, `Four Things Everyone Should Know to Improve Batch Normalization
+    <https://arxiv.org/abs/1906.03548>`_, ICLR 2020; that the scale decays towards 1 is from the
+    `authors' code <https://github.com/ceciliaresearch/four_things_batch_norm>`_.
   """
 
   def add(updates: Any, params: Any) -> Any:

@@ -39,10 +39,12 @@ def main() -> int:
 
 def _list() -> None:
   """Lists the experiments."""
+  from bnp_optax.experiments import step_time
   from bnp_optax.experiments.registry import EXPERIMENTS
 
   for experiment in EXPERIMENTS.values():
     print(f"{experiment.name:16} {experiment.title}")
+  print(f"{step_time.NAME:16} {step_time.TITLE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +73,11 @@ class _Choice:
 
   def resolve(self) -> "tuple[Experiment, pathlib.Path]":
     """The experiment chosen, and the folder of its results."""
+    from bnp_optax.experiments import step_time
     from bnp_optax.experiments.methods import METHODS
     from bnp_optax.experiments.registry import EXPERIMENTS
 
-    _known(self.experiment, EXPERIMENTS)
+    _known(self.experiment, (*EXPERIMENTS, step_time.NAME))
     chosen = EXPERIMENTS[self.experiment].at(self.scale)
     changes: dict[str, Any] = {
       name: value
@@ -91,6 +94,18 @@ class _Choice:
     chosen = dataclasses.replace(chosen, **changes)
     return chosen, self.out or pathlib.Path("bnp_optax_results") / chosen.folder
 
+  def step_time_folder(self) -> pathlib.Path | None:
+    """The folder of the results, if it is the cost of a step that was chosen."""
+    from bnp_optax.experiments.step_time import NAME
+
+    if self.experiment != NAME:
+      return None
+    for field in ("dataset", "epochs", "seeds", "batch_sizes", "methods"):
+      if getattr(self, field) is not None:
+        option = field.replace("_", "-")
+        raise UsageError(f"{NAME} takes --scale and --out alone, found --{option}")
+    return self.out or pathlib.Path("bnp_optax_results") / f"{NAME}-{self.scale}"
+
 
 def _known(name: str, known: Collection[str]) -> None:
   if name not in known:
@@ -99,18 +114,22 @@ def _known(name: str, known: Collection[str]) -> None:
 
 def _run(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
   """Runs an experiment, or goes on with one that was stopped, and shows its table and picture."""
-  experiment, folder = choice.resolve()
-  from bnp_optax.experiments import session
+  from bnp_optax.experiments import session, step_time
 
-  session.run(experiment, folder)
+  if folder := choice.step_time_folder():
+    return step_time.run(choice.scale, folder)
+  experiment, folder = choice.resolve()
+  return session.run(experiment, folder)
 
 
 def _figure(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
   """Shows the table and the picture of what has been run, from its results alone."""
-  experiment, folder = choice.resolve()
-  from bnp_optax.experiments import session
+  from bnp_optax.experiments import session, step_time
 
-  session.draw(experiment, folder)
+  if folder := choice.step_time_folder():
+    return step_time.draw(choice.scale, folder)
+  experiment, folder = choice.resolve()
+  return session.draw(experiment, folder)
 
 
 def _report(

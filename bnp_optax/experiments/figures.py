@@ -210,7 +210,8 @@ def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   d.set_ylabel("condition number of D")
   for axes in (hessian, d):
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=7.5, loc="best")
+    axes.margins(y=0.35)
+    axes.legend(frameon=False, fontsize=7.5, loc="upper left")
   for axes in (curves, hessian, d):
     axes.set_xlabel("epochs")
   _legend(experiment, gathered, curves)
@@ -224,7 +225,7 @@ def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
   half = 7
-  padded = np.pad(values, half, mode="edge")
+  padded = np.pad(values, half, mode="symmetric")
   return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 

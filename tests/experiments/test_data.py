@@ -234,8 +234,8 @@ def test_digits_are_split_the_same_way_every_time():
 
 
 def test_an_unknown_name():
-  with pytest.raises(UsageError, match=r"imagenet.*digits, mnist"):
-    data.load("imagenet")
+  with pytest.raises(UsageError, match=r"svhn.*digits, mnist"):
+    data.load("svhn")
 
 
 @pytest.mark.data

@@ -1,0 +1,481 @@
+"""What a training step costs, network by network and method by method: `bnp-optax run step-time`.
+
+It learns nothing, so random images will do and no data is fetched. A cell is one network at one
+batch size: the step of every method is compiled by itself, and then all are timed in rounds, each
+in turn, so that whatever else the machine does meets all of them alike. Ratios are taken within a
+round. The results of a cell are one line; a run goes on after the last one that is there.
+"""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from matplotlib.axes import Axes
+import numpy as np
+import optax
+from rich.console import Console
+
+import bnp_optax
+from bnp_optax.experiments import figures, methods, report
+from bnp_optax.experiments.methods import SGD, Method
+from bnp_optax.experiments.models import CNN, MLP
+from bnp_optax.experiments.resnet import ResNet
+from bnp_optax.experiments.results import Record, Results, open_results, read_results
+from bnp_optax.experiments.transformers import ViT
+
+NAME = "step-time"
+TITLE = "Time, memory and compile time of a training step, relative to plain SGD"
+_CLASSES = 10
+_RATE = 1e-6
+_SECONDS_A_SAMPLE = 0.05
+_FEWEST_ROUNDS = 5
+_IMAGE = (32, 32, 3)
+
+BNP_SGD = Method("bnp_sgd", "bnp(SGD)", "#88CCEE", "8", optax.sgd, "around")
+_FEW = (SGD, methods.BATCHNORM, methods.BNP, methods.ADAM, methods.BNP_ADAM)
+_MANY = (
+  *_FEW,
+  methods.LAYERNORM,
+  dataclasses.replace(methods.GROUPNORM, colour="#882255", marker="p"),
+  methods.MOMENTUM,
+  methods.BNP_MOMENTUM,
+  BNP_SGD,
+)
+_TWO = (SGD, methods.BNP)
+_THREE = (SGD, methods.BATCHNORM, methods.BNP)
+
+
+class Stack(nn.Module):
+  """Equal dense layers, one after another or as one layer under `flax.linen.scan`.
+
+  Attributes:
+    depth: Number of these layers.
+    scanned: Whether they are scanned.
+    width: Their width.
+    norm: Makes the normalization layers; there are none.
+  """
+
+  depth: int
+  scanned: bool = False
+  width: int = 32
+  norm: None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps images `[batch, ...]`, flattened, to logits `[batch, classes]`."""
+    del train
+    hidden = nn.Dense(self.width)(images.reshape(len(images), -1))
+    if self.scanned:
+      scan = nn.scan(
+        _StackLayer,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        length=self.depth,
+      )
+      hidden, _ = scan(self.width)(hidden)
+    else:
+      for _ in range(self.depth):
+        hidden, _ = _StackLayer(self.width)(hidden)
+    return nn.Dense(_CLASSES)(hidden)
+
+  @property
+  def title(self) -> str:
+    """What figures and records call this network."""
+    return f"{self.depth} layers of {self.width}{', scanned' * self.scanned}"
+
+
+class _StackLayer(nn.Module):
+  width: int
+
+  @nn.compact
+  def __call__(self, hidden: jax.Array) -> tuple[jax.Array, None]:
+    return nn.relu(nn.Dense(self.width)(hidden)), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One network at one batch size.
+
+  Attributes:
+    series: The panel of the figure that it belongs to: `batch`, `width`, `layers`; empty for none.
+    network: The network, without norm.
+    shape: The shape of an image.
+    batch_size: Images in a step.
+    methods: What is compared, plain SGD first.
+  """
+
+  series: str
+  network: Any
+  shape: tuple[int, ...]
+  batch_size: int
+  methods: tuple[Method, ...]
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """What the line of its results is found by."""
+    return {
+      "kind": "step_cost",
+      "series": self.series,
+      "network": self.network.title,
+      "image": list(self.shape),
+      "batch_size": self.batch_size,
+      "methods": [method.name for method in self.methods],
+    }
+
+
+def cells(scale: str) -> list[Cell]:
+  """What is measured at a scale: `smoke`, `laptop` or `paper`."""
+  if scale == "smoke":
+    return [
+      *_batch_cells((1, 16), _FEW),
+      *_width_cells((128, 256)),
+      *_layer_cells((2, 4)),
+    ]
+  if scale == "laptop":
+    return [
+      *_batch_cells((1, 16, 60, 512), _MANY),
+      *_network_cells(
+        ((MLP((4096, 4096)), (60,)), (CNN(), (128,)), (ResNet(), (128,)), (ViT(), (64,))), _THREE
+      ),
+      *_width_cells((128, 512, 2048, 8192)),
+      *_layer_cells((10, 30, 100)),
+    ]
+  sizes = (1, 2, 6, 16, 60, 256, 512)
+  networks = (MLP((4096, 4096)), CNN(), ResNet(), ViT())
+  return [
+    *_batch_cells(sizes, _MANY),
+    *_network_cells([(network, sizes) for network in networks], _FEW),
+    *_width_cells((128, 256, 512, 1024, 2048, 4096, 8192)),
+    *_layer_cells((10, 100, 500)),
+  ]
+
+
+def _batch_cells(sizes: Sequence[int], compared: tuple[Method, ...]) -> list[Cell]:
+  return [Cell("batch", MLP((100, 100)), _IMAGE, size, compared) for size in sizes]
+
+
+def _network_cells(
+  networks: Sequence[tuple[nn.Module, Sequence[int]]], compared: tuple[Method, ...]
+) -> list[Cell]:
+  return [
+    Cell("", network, _IMAGE, size, compared) for network, sizes in networks for size in sizes
+  ]
+
+
+def _width_cells(widths: Sequence[int]) -> list[Cell]:
+  return [
+    Cell("width", MLP((width,)), (width,), size, _TWO) for size in (1, 60) for width in widths
+  ]
+
+
+def _layer_cells(depths: Sequence[int]) -> list[Cell]:
+  return [
+    Cell("layers", Stack(depth, scanned), (32,), 16, _TWO)
+    for scanned in (False, True)
+    for depth in depths
+  ]
+
+
+def run(scale: str, folder: pathlib.Path) -> None:
+  """Measures what is missing, and shows all of it.
+
+  Args:
+    scale: How much to measure.
+    folder: Where the results are, or shall be.
+
+  Raises:
+    ExperimentError: The results cannot be read or written.
+  """
+  console = Console()
+  with open_results(folder, ["bnp-optax", *sys.argv[1:]]) as results:
+    for cell in cells(scale):
+      if not results.find(**cell.settings):
+        console.print(f"{cell.network.title}, batch size {cell.batch_size}", highlight=False)
+        results.append(cell.settings | measure(cell, seconds=1.0 if scale == "smoke" else 20.0))
+    _show(scale, results, folder, console)
+
+
+def draw(scale: str, folder: pathlib.Path) -> None:
+  """Shows what there is, from the results alone."""
+  _show(scale, read_results(folder), folder, Console())
+
+
+def measure(cell: Cell, seconds: float) -> Record:
+  """Compiles and times the step of every method.
+
+  Args:
+    cell: What to measure.
+    seconds: How long to time all methods together, at the least.
+
+  Returns:
+    `seconds`, a step of each method in each round; `relative_to_sgd`, the same as ratios within the
+    round; and `programs`, what is known of each method's compiled step.
+  """
+  steps = {method.name: _Step(cell, method) for method in cell.methods}
+  rounds, end = [], time.perf_counter() + seconds
+  while len(rounds) < _FEWEST_ROUNDS or time.perf_counter() < end:
+    rounds.append({name: step.sample() for name, step in steps.items()})
+  return {
+    "seconds": {name: [times[name] for times in rounds] for name in steps},
+    "relative_to_sgd": {
+      name: [times[name] / times[SGD.name] for times in rounds] for name in steps
+    },
+    "programs": {name: step.program for name, step in steps.items()},
+  }
+
+
+class _Step:
+  """The compiled training step of one method, and where its training has got to.
+
+  Attributes:
+    program: Processor seconds to trace and to compile it, the operations and bytes that the
+      compiler counts, the most memory it holds at a time, and the bytes of the optimizer's state.
+  """
+
+  def __init__(self, cell: Cell, method: Method) -> None:
+    model = method.adapt(cell.network)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(size=(cell.batch_size, *cell.shape)), jnp.float32)
+    labels = jnp.arange(cell.batch_size, dtype=jnp.int32) % _CLASSES
+    variables = _variables(model, images, rng)
+    params = variables.pop("params")
+    layers = bnp_optax.linen.layers(model, images, train=False, strict=True)
+    optimizer = method.make_optimizer(jnp.asarray(_RATE, jnp.float32), layers)
+    # Who trains without BNP has no use for statistics, and should not pay for tracing them.
+    sowing = bnp_optax.linen.sow_statistics if method.bnp else contextlib.nullcontext
+    take_step = jax.jit(_training_step(model, optimizer, sowing), donate_argnums=0)
+    opt_state = optimizer.init(params)
+    self._state = (params, variables, opt_state)
+    self._batch = (images, labels)
+    # Processor time: of what happens once, rounds cannot take out what else the machine does.
+    start = time.process_time()
+    lowered = take_step.lower(self._state, *self._batch)
+    traced = time.process_time()
+    compiled = lowered.compile()
+    compile_seconds = time.process_time() - traced
+    counted: Any = compiled.cost_analysis()
+    memory: Any = compiled.memory_analysis()
+    self.program = {
+      "trace_seconds": traced - start,
+      "compile_seconds": compile_seconds,
+      "flops": counted["flops"],
+      "bytes_accessed": counted["bytes accessed"],
+      # Arguments that are given away become outputs.
+      "peak_bytes": memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes,
+      "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state)),
+    }
+    self._take_step = take_step
+    self._count = 1
+    self.sample()
+    # Once more, now that all is loaded, to see how many steps make a sample.
+    self._count = 5
+    self._count = max(1, round(_SECONDS_A_SAMPLE / self.sample()))
+
+  def sample(self) -> float:
+    """Seconds a step, over one sample of steps."""
+    start = time.perf_counter()
+    for _ in range(self._count):
+      self._state = self._take_step(self._state, *self._batch)
+    jax.block_until_ready(self._state)
+    return (time.perf_counter() - start) / self._count
+
+
+def _training_step(
+  model: nn.Module,
+  optimizer: optax.GradientTransformationExtraArgs,
+  sowing: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Callable[[tuple[Any, dict[str, Any], Any], jax.Array, jax.Array], tuple[Any, Any, Any]]:
+  """A step as users write it, from one state to the next."""
+
+  def step(
+    state: tuple[Any, dict[str, Any], Any], images: jax.Array, labels: jax.Array
+  ) -> tuple[Any, Any, Any]:
+    params, model_state, opt_state = state
+
+    def loss_fn(params: Any) -> tuple[jax.Array, dict[str, Any]]:
+      with sowing():
+        logits, variables = model.apply(
+          {"params": params, **model_state},
+          images,
+          train=True,
+          mutable=["intermediates", *model_state],
+        )
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+      return losses.mean(), dict(variables)
+
+    grads, variables = jax.grad(loss_fn, has_aux=True)(params)
+    stats = variables.pop("intermediates", {})
+    updates, opt_state = optimizer.update(grads, opt_state, params, stats=stats)
+    return optax.apply_updates(params, updates), variables, opt_state
+
+  return step
+
+
+def _variables(model: nn.Module, images: jax.Array, rng: np.random.Generator) -> dict[str, Any]:
+  """Variables of the right shapes, with no numbers that arithmetic is slow with.
+
+  The initializers themselves take longer to compile than a step.
+  """
+
+  def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    fan_in = math.prod(leaf.shape[:-1])
+    values = np.ones(leaf.shape) if leaf.ndim < 2 else rng.normal(size=leaf.shape) / fan_in**0.5
+    return jnp.asarray(values, leaf.dtype)
+
+  def init(key: jax.Array, images: jax.Array) -> Any:
+    return model.init(key, images, train=False)
+
+  return dict(jax.tree.map(fill, jax.eval_shape(init, jax.random.key(0), images)))
+
+
+def _show(scale: str, results: Results, folder: pathlib.Path, console: Console) -> None:
+  measured = [
+    (cell, found[-1]) for cell in cells(scale) if (found := results.find(**cell.settings))
+  ]
+  markdown = []
+  for tabulate in (_time_table, _program_table):
+    table, text = tabulate(measured)
+    markdown.append(text)
+    console.print(table)
+  (folder / f"{NAME}.md").write_text("\n".join(markdown))
+  if picture := _draw(measured, folder):
+    console.print(f"picture: {picture}", soft_wrap=True)
+
+
+def _time_table(measured: list[tuple[Cell, Record]]) -> tuple[Any, str]:
+  """Median and quartiles of the time of a step, relative to plain SGD."""
+  compared = {method.name: method for cell, _ in measured for method in cell.methods[1:]}
+  rows = []
+  for cell, record in measured:
+    texts = [cell.network.title, str(cell.batch_size), f"{1e3 * _median(record, 'seconds'):.2f}"]
+    for name in compared:
+      ratios = record["relative_to_sgd"].get(name)
+      low, middle, high = np.percentile(ratios, [25, 50, 75]) if ratios else (0, 0, 0)
+      texts.append(f"{middle:.2f} ({low:.2f}-{high:.2f})" if ratios else "")
+    rows.append(tuple(texts))
+  labels = (method.label for method in compared.values())
+  return report._table(("network", "batch", "SGD, ms", *labels), rows)
+
+
+def _program_table(measured: list[tuple[Cell, Record]]) -> tuple[Any, str]:
+  """What a step of BNP costs beside its time, relative to one of plain SGD."""
+  columns = ("network", "batch", "SGD's trace, compile", "trace", "compile", "both")
+  columns += ("flops", "bytes", "memory", "state, bytes")
+  rows = []
+  for cell, record in measured:
+    sgd, bnp = (record["programs"][method.name] for method in _TWO)
+    ratios = [
+      bnp[kind] / sgd[kind]
+      for kind in ("trace_seconds", "compile_seconds", "flops", "bytes_accessed", "peak_bytes")
+    ]
+    ratios.insert(2, _to_build(bnp) / _to_build(sgd))
+    rows.append(
+      (
+        cell.network.title,
+        str(cell.batch_size),
+        f"{sgd['trace_seconds']:.2f} s, {sgd['compile_seconds']:.2f} s",
+        *(f"{ratio:.2f}" for ratio in ratios),
+        f"{bnp['state_bytes']:,}",
+      )
+    )
+  return report._table(columns, rows)
+
+
+def _to_build(program: dict[str, float]) -> float:
+  return program["trace_seconds"] + program["compile_seconds"]
+
+
+def _median(record: Record, kind: str, name: str = SGD.name) -> float:
+  return float(np.median(record[kind][name]))
+
+
+def _draw_batch(axes: Axes, measured: list[tuple[Cell, Record]]) -> None:
+  for method in measured[0][0].methods:
+    line = [(cell.batch_size, r["relative_to_sgd"][method.name]) for cell, r in measured]
+    _line(axes, line, method.label, method.colour, method.marker)
+  axes.set(xlabel="batch size", ylabel="time of a step, relative to SGD")
+  axes.set_title("FC 3072-100-100-10", loc="left")
+
+
+def _draw_width(axes: Axes, measured: list[tuple[Cell, Record]]) -> None:
+  for size, marker in ((1, "o"), (60, "s")):
+    line = [
+      (cell.shape[0], record["relative_to_sgd"][methods.BNP.name])
+      for cell, record in measured
+      if cell.batch_size == size
+    ]
+    _line(axes, line, f"BNP, batch size {size}", methods.BNP.colour, marker)
+  axes.set(xlabel="width n", ylabel="time of a step, relative to SGD")
+  axes.set_title("FC n-n-10", loc="left")
+
+
+def _draw_layers(axes: Axes, measured: list[tuple[Cell, Record]]) -> None:
+  for method in _TWO:
+    for scanned, style in ((False, "-"), (True, ":")):
+      line = [
+        (cell.network.depth, _to_build(record["programs"][method.name]))
+        for cell, record in measured
+        if cell.network.scanned == scanned
+      ]
+      label = f"{method.label}{', scanned' * scanned}"
+      _line(axes, line, label, method.colour, method.marker, style)
+  axes.set(xlabel="layers", ylabel="processor seconds to trace and compile", yscale="log")
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_formatter("{x:g}")
+  axes.set_title("dense layers of 32", loc="left")
+
+
+_PANELS = {"batch": _draw_batch, "width": _draw_width, "layers": _draw_layers}
+
+
+def _draw(measured: list[tuple[Cell, Record]], folder: pathlib.Path) -> pathlib.Path | None:
+  """Time against batch size and width, compile time against layers: what there is of them."""
+  there = [name for name in _PANELS if any(cell.series == name for cell, _ in measured)]
+  if not there:
+    return None
+  with figures.plt.style.context(figures._STYLE):
+    figure, row = figures.plt.subplots(
+      1, len(there), figsize=(3.7 * len(there), 3.6), squeeze=False, gridspec_kw={"wspace": 0.3}
+    )
+    for name, axes in zip(there, row[0], strict=True):
+      _PANELS[name](axes, [(cell, record) for cell, record in measured if cell.series == name])
+      axes.set_xscale("log", base=2)
+      axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
+      axes.xaxis.set_major_formatter("{x:g}")
+      axes.legend(frameon=False, fontsize=6.5)
+    path = folder / f"{NAME}.png"
+    figure.savefig(path, dpi=200, bbox_inches="tight", facecolor="white")
+    figures.plt.close(figure)
+  return path
+
+
+def _line(
+  axes: Axes,
+  points: Sequence[tuple[int, Any]],
+  label: str,
+  colour: str,
+  marker: str,
+  style: str = "-",
+) -> None:
+  """Medians, with the quartiles as a band where there are any."""
+  if not points:
+    return
+  places = [place for place, _ in points]
+  low, middle, high = (
+    np.array([np.percentile(values, [25, 50, 75]) for _, values in points]).reshape(-1, 3).T
+  )
+  axes.plot(
+    places, middle, style, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label
+  )
+  axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,62 @@
+"""Executes the notebooks in fresh kernels and stores their outputs.
+
+python notebooks/execute.py             (all of them)
+python notebooks/execute.py quickstart
+"""
+
+import hashlib
+import pathlib
+import sys
+
+import nbclient
+import nbformat
+
+import bnp_optax
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def source_hash(notebook: nbformat.NotebookNode) -> str:
+  """A hash of all that determines the outputs: the code."""
+  code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+  return hashlib.sha256("\n\0".join(code).encode()).hexdigest()[:16]
+
+
+def execute(path: pathlib.Path) -> nbformat.NotebookNode:
+  """Executes a notebook; the outputs, and nothing else that differs from one run to the next.
+
+  Args:
+    path: The notebook; it is not changed.
+
+  Returns:
+    The notebook with its outputs, and with the version and the code that made them in its metadata.
+
+  Raises:
+    nbclient.exceptions.CellExecutionError: A cell failed.
+  """
+  notebook = nbformat.read(path, as_version=4)
+  client = nbclient.NotebookClient(
+    notebook, timeout=1200, kernel_name="python3", record_timing=False
+  )
+  client.execute(cwd=str(path.parent))
+  for number, cell in enumerate(notebook.cells):
+    cell.id = str(number)
+    cell.metadata = {}
+    if cell.cell_type == "code":
+      cell.execution_count = None
+      for output in cell.outputs:
+        if output.output_type == "execute_result":
+          output.execution_count = None
+  notebook.metadata = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+    "bnp_optax": {"version": bnp_optax.__version__, "source": source_hash(notebook)},
+  }
+  return notebook
+
+
+if __name__ == "__main__":
+  for path in sorted(FOLDER.glob("*.ipynb")):
+    if path.stem in sys.argv[1:] or not sys.argv[1:]:
+      print(path.name, flush=True)
+      nbformat.write(execute(path), path)

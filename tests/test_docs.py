@@ -1,0 +1,95 @@
+"""The documentation: it builds without a warning, has all that is public, and its links resolve."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import bnp_optax
+import bnp_optax.normalization
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def text(path):
+  """The Markdown of a page, or of a notebook."""
+  if path.suffix != ".ipynb":
+    return path.read_text()
+  cells = json.loads(path.read_text())["cells"]
+  return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def anchors(path):
+  """The names of a page's sections, as GitHub makes them."""
+  headings = re.findall(r"^#+ +(.+?) *$", FENCED.sub("", text(path)), re.MULTILINE)
+  plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+  return {heading.replace(" ", "-") for heading in plain}
+
+
+def broken(path):
+  """The links of a page, within the project, that lead nowhere."""
+  for link in LINK.findall(FENCED.sub("", text(path))):
+    if re.match(r"[a-z]+:", link):
+      continue
+    target, _, anchor = link.partition("#")
+    found = path.parent / target if target else path
+    if not found.exists() or (anchor and anchor not in anchors(found)):
+      yield link
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_resolve(path):
+  assert not list(broken(path))
+
+
+def test_broken_links_are_found(tmp_path):
+  page = tmp_path / "page.md"
+  page.write_text("# One: two\n[a](#one-two) [b](#two) [c](page.md#one-two) [d](none.md)\n")
+  assert list(broken(page)) == ["#two", "none.md"]
+
+
+def public(module):
+  """The names of all that a module defines for its users."""
+  names = getattr(module, "__all__", None) or [
+    name
+    for name, value in vars(module).items()
+    if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+  ]
+  return {
+    f"{module.__name__}.{name}" for name in names if not isinstance(vars(module)[name], type(sys))
+  }
+
+
+@pytest.mark.slow
+def test_documentation_builds_and_has_all_that_is_public(tmp_path):
+  command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]
+  built = subprocess.run(
+    [*command, "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert built.returncode == 0, built.stderr
+  from sphinx.util.inventory import InventoryFile
+
+  inventory = InventoryFile.loads((tmp_path / "html" / "objects.inv").read_bytes(), uri="")
+  documented = {
+    name for kind, items in inventory.data.items() if kind.startswith("py:") for name in items
+  }
+  modules = (
+    bnp_optax,
+    bnp_optax.linen,
+    bnp_optax.nnx,
+    bnp_optax.conditioning,
+    bnp_optax.normalization,
+  )
+  expected = set.union(*map(public, modules))
+  assert {"bnp_optax.bnp", "bnp_optax.linen.layers", "bnp_optax.nnx.Statistics"} <= expected
+  assert not expected - documented

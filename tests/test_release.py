@@ -1,0 +1,102 @@
+"""The release: one version, a wheel of the library alone, an import that is light."""
+
+import pathlib
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+
+import pytest
+
+import bnp_optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BASE = "import optax, flax.linen, flax.nnx"
+
+
+def run(*command, **kwargs):
+  done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **kwargs)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_version_is_that_of_the_package_everywhere():
+  assert "version" not in PROJECT
+  assert PROJECT["dynamic"] == ["version"]
+  cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+  assert cited is not None
+  assert cited[1] == bnp_optax.__version__
+
+
+def test_importing_it_imports_nothing_of_the_experiments():
+  loaded = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+  base = set(run(sys.executable, "-c", f"{BASE}; {loaded}").split())
+  ours = set(run(sys.executable, "-c", f"import bnp_optax; {loaded}").split())
+  assert "bnp_optax" in ours
+  # Flax itself imports rich.
+  heavy = {"matplotlib", "tyro", "sklearn", "pooch", "PIL", "orbax", "scipy", "rich"}
+  assert not (ours - base) & heavy
+  assert not ours & {"matplotlib", "tyro", "sklearn", "pooch", "PIL"}
+
+
+@pytest.mark.slow
+def test_importing_it_takes_as_long_as_optax_and_flax():
+  def seconds(statement):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(sys.executable, "-c", statement)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+  pairs = [(seconds(BASE), seconds("import bnp_optax")) for _ in range(8)]
+  # The least of several is what the imports take; the rest is what else the machine did.
+  base, ours = (min(times) for times in zip(*pairs, strict=True))
+  assert ours < 1.1 * base
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+  """The wheel and the sdist; the wheel is built from the sdist."""
+  folder = tmp_path_factory.mktemp("dist")
+  run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+  return folder
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_library_alone(distributions):
+  (wheel,) = distributions.glob("*.whl")
+  assert wheel.name == f"bnp_optax-{bnp_optax.__version__}-py3-none-any.whl"
+  names = zipfile.ZipFile(wheel).namelist()
+  info = f"bnp_optax-{bnp_optax.__version__}.dist-info"
+  assert {name.partition("/")[0] for name in names} == {"bnp_optax", info}
+  assert all(name.endswith((".py", "py.typed")) for name in names if not name.startswith(info))
+  assert {"bnp_optax/py.typed", "bnp_optax/linen.py", f"{info}/licenses/LICENSE"} <= set(names)
+
+
+@pytest.mark.slow
+def test_sdist_holds_what_its_tests_need(distributions):
+  (sdist,) = distributions.glob("*.tar.gz")
+  with tarfile.open(sdist) as archive:
+    names = {name.partition("/")[2] for name in archive.getnames()}
+  needed = ("tests/conftest.py", "docs/conf.py", "notebooks/quickstart.ipynb", "CITATION.cff")
+  assert {*needed, "README.md", "examples/online_learning.py"} <= names
+  assert not [name for name in names if "__pycache__" in name]
+
+
+@pytest.mark.slow
+def test_wheel_runs_the_examples_of_the_readme(distributions, tmp_path):
+  (wheel,) = distributions.glob("*.whl")
+  run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "lib", wheel)
+  smoke = (
+    "import bnp_optax, doctest, sys; print(bnp_optax.__file__); "
+    "sys.exit(doctest.testfile(sys.argv[1], module_relative=False).failed)"
+  )
+  out = run(
+    *(sys.executable, "-c", smoke, ROOT / "README.md"),
+    cwd=tmp_path,
+    env={"PYTHONPATH": str(tmp_path / "lib")},
+  )
+  assert out.startswith(str(tmp_path / "lib"))
