@@ -117,14 +117,18 @@ def conv_transpose(
   layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
 ) -> list[Call]:
   """ConvTranspose: a convolution over the inputs with zeros between them."""
-  del exact_windows
   window = len(np.atleast_1d(layer.kernel_size))
-  layout = KernelLayout.by_convention(window + 2)
+  # With circular padding, which wraps the outputs, several windows make a row.
+  exact_windows = exact_windows and layer.padding != "CIRCULAR"
+  layout = dataclasses.replace(KernelLayout.by_convention(window + 2), exact_windows=exact_windows)
   if layer.transpose_kernel:
     layout = dataclasses.replace(layout, feature=layout.output, output=layout.feature)
+  problem = _masked_weights(layer)
+  if exact_windows:
+    return [Call(layout, _transposed_windows(layer, inputs), problem=problem)]
   h = _dilated(inputs, _per_axis(layer.strides, window))
   rows = math.prod(outputs.shape[:-1])
-  return [Call(layout, h, rows=rows, problem=_masked_weights(layer))]
+  return [Call(layout, h, rows=rows, problem=problem)]
 
 
 def einsum(
@@ -288,3 +292,29 @@ def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array
     h = h.reshape(*h.shape[:-1], groups, channels // groups, math.prod(kernel_size))
     h = jnp.moveaxis(h, -1, -2)
   return h.reshape(*batch, *positions, -1)
+
+
+def _transposed_windows(layer: Any, inputs: jax.Array) -> jax.Array:
+  """The rows of ``H`` of a transposed convolution: its outputs for every kernel with a single 1."""
+  kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
+  window, features = len(kernel_size), inputs.shape[-1]
+  batch, space = inputs.shape[: -window - 1], inputs.shape[-window - 1 : -1]
+  h = inputs.reshape(math.prod(batch), *space, features)
+  if not jnp.issubdtype(h.dtype, jnp.inexact):
+    h = h.astype(jnp.float32)
+  entries = math.prod(kernel_size) * features
+  kernel = jnp.eye(entries, dtype=h.dtype).reshape(*kernel_size, features, entries)
+  padding = layer.padding
+  if not isinstance(padding, str):
+    sides = (padding,) * window if isinstance(padding, int) else padding
+    padding = [(p, p) if isinstance(p, int) else tuple(p) for p in sides]
+  h = jax.lax.conv_transpose(
+    h,
+    jnp.swapaxes(kernel, -1, -2) if layer.transpose_kernel else kernel,
+    _per_axis(layer.strides, window),
+    padding,
+    rhs_dilation=_per_axis(layer.kernel_dilation, window),
+    transpose_kernel=layer.transpose_kernel,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return h.reshape(*batch, *h.shape[1:])

@@ -27,7 +27,7 @@ class Observed(NamedTuple):
   Attributes:
     layer: its name, the layout of its kernel, and whether it has a bias.
     shape: the shape of its kernel.
-    rows: ``H``, ``[stack, rows, window * feature]``; None for a transposed convolution.
+    rows: ``H``, ``[stack, rows, window * feature]``; None for a circular transposed convolution.
     statistics: the mean and variance that BNP would take from this batch.
   """
 
@@ -132,7 +132,7 @@ def columns(
 
 
 def _rows(module: Any, call: Call) -> _Rows | None:
-  """The rows of one call; a transposed convolution's windows are not formed."""
+  """The rows of one call; a circular transposed convolution's windows are not formed."""
   del module
   if call.problem or (call.layout.window and not call.layout.exact_windows):
     return None

@@ -86,7 +86,7 @@ def hidden_matrix(
     layers and layers under scan or vmap. A layer without a bias has no column :math:`e`.
 
   Raises:
-    ValueError: if the layer is not found, or is a transposed convolution.
+    ValueError: if the layer is not found, or is a transposed convolution with circular padding.
 
   References:
     Lange, Helfrich, Ye, JMLR 23(72), 2022: Proposition 2 and Lemma 8.
@@ -95,7 +95,9 @@ def hidden_matrix(
   found = {x.layer.path: x for x in observed}
   seen = found[choose_layer([x.layer for x in observed], layer).path]
   if seen.rows is None:
-    raise ValueError(f"Layer {seen.layer}: the windows of a transposed convolution are not formed.")
+    raise ValueError(
+      f"Layer {seen.layer}: the windows of a circular transposed convolution are not formed."
+    )
   if seen.layer.bias is None:
     return seen.rows
   return jnp.concatenate([jnp.ones_like(seen.rows[..., :1]), seen.rows], axis=-1)

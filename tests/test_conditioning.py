@@ -183,10 +183,33 @@ def test_hidden_matrix_of_repeated_calls(model):
   np.testing.assert_allclose(H, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+  ("strides", "padding", "dilation"), [(1, "SAME", 2), (2, "VALID", 1), (2, [(0, 1), 1], 2)]
+)
+def test_hidden_matrix_of_a_transposed_convolution(transpose, strides, padding, dilation):
+  model = nn.ConvTranspose(
+    2, (3, 2), (strides, 1), padding, dilation, transpose_kernel=transpose, **F64
+  )
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 3)))
+  params = random_params(model, x)
+  (H,) = conditioning.hidden_matrix(model, {"params": params}, x)
+  kernel = jnp.swapaxes(params["kernel"], -1, -2) if transpose else params["kernel"]
+  w = jnp.concatenate([params["bias"][None], kernel.reshape(-1, 2)])
+  outputs = model.apply({"params": params}, x)
+  np.testing.assert_allclose(H @ w, outputs.reshape(-1, 2), rtol=1e-11, atol=1e-12)
+  # Its means and variances are those of equations (19) and (20).
+  with bnp_optax.linen.sow_statistics(exact_windows=True):
+    _, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+  stats = aux["intermediates"]["layer_statistics"]
+  np.testing.assert_allclose(stats.mean, H[:, 1:].mean(0), rtol=1e-11, atol=1e-12)
+  np.testing.assert_allclose(stats.variance, H[:, 1:].var(0), rtol=1e-11, atol=1e-12)
+
+
 def test_hidden_matrix_says_what_it_cannot_do():
   x = jnp.ones((2, 5, 3))
-  layer = nn.ConvTranspose(2, (2,), **F64)
-  with pytest.raises(ValueError, match="windows of a transposed convolution are not formed"):
+  layer = nn.ConvTranspose(2, (2,), padding="CIRCULAR", **F64)
+  with pytest.raises(ValueError, match="windows of a circular transposed convolution are not"):
     conditioning.hidden_matrix(layer, {"params": random_params(layer, x)}, x)
   model = problems.MLP(jnp.float64)
   x = x[:, 0]
@@ -262,12 +285,12 @@ def test_unit_curvature_says_what_it_cannot_do():
 
 
 class Narrow(nn.Module):
-  """A grouped convolution without bias, a transposed one, and a head."""
+  """A grouped convolution without bias, a circular transposed one, and a head."""
 
   @nn.compact
   def __call__(self, x):
     x = nn.relu(nn.Conv(4, (2,), feature_group_count=2, use_bias=False, name="grouped", **F64)(x))
-    x = nn.ConvTranspose(3, (2,), name="transposed", **F64)(x)
+    x = nn.ConvTranspose(3, (2,), padding="CIRCULAR", name="transposed", **F64)(x)
     return nn.Dense(2, name="head", **F64)(x.mean(axis=1))
 
 
