@@ -80,7 +80,12 @@ BATCH_SIZES_FC = Experiment(
     Claim("bnp(Adam) ends above BNP at batch size 512", better("bnp_adam", "bnp", batch_size=512)),
   ),
   scales={
-    "smoke": SMOKE | {"batch_sizes": (60, 1)},
+    "smoke": SMOKE
+    | {
+      "batch_sizes": (1, 60, 512),
+      "images": 600,
+      "methods": (methods.BNP, methods.ADAM, methods.BNP_ADAM),
+    },
     "laptop": {"epochs": 5, "selection_epochs": 3, "seeds": 3, "images": 10_000},
   },
 )
@@ -91,7 +96,12 @@ BATCH_SIZES_CNN = dataclasses.replace(
   title="CNN on CIFAR-10 at every batch size, and at every learning rate",
   network=CNN(),
   scales={
-    "smoke": SMOKE | {"batch_sizes": (60, 1)},
+    "smoke": SMOKE
+    | {
+      "batch_sizes": (1, 60, 512),
+      "images": 600,
+      "methods": (methods.BNP, methods.ADAM, methods.BNP_ADAM),
+    },
     "laptop": {
       "rates": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
       "epochs": 3,
@@ -157,7 +167,7 @@ VIT = Experiment(
     ),
   ),
   scales={
-    "smoke": SMOKE | {"batch_sizes": (4,), "images": 100},
+    "smoke": SMOKE | {"images": 100},
     "laptop": {
       "rates": (0.0003, 0.001, 0.003, 0.01),
       "epochs": 3,

@@ -115,11 +115,13 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
     axes.set_xlabel("batch size")
   accuracy.set_ylabel("test accuracy after the last epoch")
   accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  steps.set_yscale("log")
+  # There is nothing to scale where no method has reached it.
+  if any(np.isfinite(outcome.first_epoch(experiment.target)) for outcome in gathered):
+    steps.set_yscale("log")
   steps.set_ylabel(f"steps to {experiment.target:.0%} test accuracy")
   _legend(experiment, gathered, accuracy)
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
-  _footer(accuracy, -0.22, f"{text} Where no steps are shown, it was not reached.")
+  _footer(accuracy, -0.22, f"{text}\nWhere no steps are shown, it was not reached.")
   return figure
 
 

@@ -456,7 +456,7 @@ FIG9 = Experiment(
     Claim("At batch size 256 BNP is faster than BatchNorm", quicker("bnp", "batchnorm", 256)),
     Claim("At batch size 512 BNP is faster than BatchNorm", quicker("bnp", "batchnorm", 512)),
   ),
-  scales={"smoke": SMOKE | {"batch_sizes": (16,), "rates": (0.03,)}, "laptop": {"epochs": 1}},
+  scales={"smoke": SMOKE | {"images": 600, "rates": (0.03,)}, "laptop": {"epochs": 1}},
 )
 
 ALL = (
