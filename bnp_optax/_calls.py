@@ -261,20 +261,16 @@ def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array
   """
   kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
   window, channels = len(kernel_size), inputs.shape[-1]
-  batch, space = inputs.shape[: -window - 1], inputs.shape[-window - 1 : -1]
+  batch, h = _maps(inputs, window)
   dilation = _per_axis(layer.kernel_dilation, window)
-  h = inputs.reshape(math.prod(batch), *space, channels)
-  if not jnp.issubdtype(h.dtype, jnp.inexact):
-    h = h.astype(jnp.float32)
   padding: Any = layer.padding
   reach = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
   if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
     sides = [(r, 0) if padding == "CAUSAL" else (r // 2, (r + 1) // 2) for r in reach]
     mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]
     h, padding = jnp.pad(h, [(0, 0), *sides, (0, 0)], mode), "VALID"
-  elif not isinstance(padding, str):
-    sides = (padding,) * window if isinstance(padding, int) else padding
-    padding = [(p, p) if isinstance(p, int) else tuple(p) for p in sides]
+  else:
+    padding = _sides(padding, window)
   letters = "DHW"[3 - window :] if window <= 3 else "".join(map(chr, range(65, 65 + window)))
   h = jax.lax.conv_general_dilated_patches(
     h,
@@ -298,23 +294,31 @@ def _transposed_windows(layer: Any, inputs: jax.Array) -> jax.Array:
   """The rows of ``H`` of a transposed convolution: its outputs for every kernel with a single 1."""
   kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
   window, features = len(kernel_size), inputs.shape[-1]
-  batch, space = inputs.shape[: -window - 1], inputs.shape[-window - 1 : -1]
-  h = inputs.reshape(math.prod(batch), *space, features)
-  if not jnp.issubdtype(h.dtype, jnp.inexact):
-    h = h.astype(jnp.float32)
+  batch, h = _maps(inputs, window)
   entries = math.prod(kernel_size) * features
   kernel = jnp.eye(entries, dtype=h.dtype).reshape(*kernel_size, features, entries)
-  padding = layer.padding
-  if not isinstance(padding, str):
-    sides = (padding,) * window if isinstance(padding, int) else padding
-    padding = [(p, p) if isinstance(p, int) else tuple(p) for p in sides]
   h = jax.lax.conv_transpose(
     h,
     jnp.swapaxes(kernel, -1, -2) if layer.transpose_kernel else kernel,
     _per_axis(layer.strides, window),
-    padding,
+    _sides(layer.padding, window),
     rhs_dilation=_per_axis(layer.kernel_dilation, window),
     transpose_kernel=layer.transpose_kernel,
     precision=jax.lax.Precision.HIGHEST,
   )
   return h.reshape(*batch, *h.shape[1:])
+
+
+def _maps(inputs: jax.Array, window: int) -> tuple[tuple[int, ...], jax.Array]:
+  """The batch axes, and the inputs as floating-point maps ``[batch, *space, channels]``."""
+  batch = inputs.shape[: -window - 1]
+  h = inputs.reshape(math.prod(batch), *inputs.shape[-window - 1 :])
+  return batch, h if jnp.issubdtype(h.dtype, jnp.inexact) else h.astype(jnp.float32)
+
+
+def _sides(padding: Any, window: int) -> Any:
+  """Padding as JAX takes it: a name, or a pair for each axis of the window."""
+  if isinstance(padding, str):
+    return padding
+  sides = (padding,) * window if isinstance(padding, int) else padding
+  return [(p, p) if isinstance(p, int) else tuple(p) for p in sides]

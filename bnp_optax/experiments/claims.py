@@ -46,9 +46,7 @@ def better(method: str, *others: str, batch_size: int | None = None, early: bool
     return outcome.early if early else outcome.final
 
   def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    if values(ours).min() > values(theirs).max():
-      return "holds"
-    return "does not hold" if values(ours).max() < values(theirs).min() else "within the spread"
+    return _is_above(values(ours), values(theirs))
 
   return _comparing(method, others, batch_size, values, compare)
 
@@ -57,9 +55,7 @@ def below(method: str, *others: str, batch_size: int | None = None) -> Judge:
   """Judges whether a method ends below each of the others."""
 
   def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    if ours.final.max() < theirs.final.min():
-      return "holds"
-    return "does not hold" if ours.final.min() > theirs.final.max() else "within the spread"
+    return _is_above(theirs.final, ours.final)
 
   return _comparing(method, others, batch_size, lambda outcome: outcome.final, compare)
 
@@ -206,6 +202,12 @@ def _each(
     )
 
   return judge
+
+
+def _is_above(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+  if ours.min() > theirs.max():
+    return "holds"
+  return "does not hold" if ours.max() < theirs.min() else "within the spread"
 
 
 def _close(a: float, b: float) -> bool:

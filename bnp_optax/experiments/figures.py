@@ -189,6 +189,8 @@ def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   for outcome in gathered:
     _line(curves, outcome, outcome.test_accuracy, "-")
     _line(losses, outcome, outcome.train_loss, "--")
+    if not outcome.conditioning:
+      continue
     epochs = outcome.conditioning["steps"] / outcome.steps
     colour, label = outcome.method.colour, outcome.method.label
     hessian.plot(
