@@ -108,7 +108,6 @@ BATCH_SIZES_CNN = dataclasses.replace(
       "selection_epochs": 1,
       "seeds": 2,
       "images": 5_000,
-      "methods": (methods.SGD, methods.BATCHNORM, methods.BNP, methods.ADAM, methods.BNP_ADAM),
     },
   },
 )

@@ -58,6 +58,17 @@ def with_channels(images: jax.Array) -> jax.Array:
   return images if images.ndim == 4 else images[..., None]
 
 
+def max_pool(hidden: jax.Array) -> jax.Array:
+  """2 x 2 max pooling without padding, of maps `[batch, height, width, channels]`.
+
+  As a maximum over axes: on a CPU the gradient of `flax.linen.max_pool` takes twice the time of all
+  that the paper's convolutional network does besides.
+  """
+  batch, height, width, channels = hidden.shape
+  hidden = hidden[:, : height // 2 * 2, : width // 2 * 2]
+  return hidden.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
 class MLP(nn.Module):
   """The fully connected network of section 5: hidden layers h -> norm(relu(W h + b)).
 
@@ -115,7 +126,7 @@ class CNN(nn.Module):
     for number, channels in enumerate(self.filters, start=1):
       hidden = nn.relu(nn.Conv(channels, (3, 3), padding="VALID", kernel_init=glorot)(hidden))
       if number < len(self.filters):
-        hidden = nn.max_pool(hidden, (2, 2), strides=(2, 2))
+        hidden = max_pool(hidden)
       hidden = normalize(hidden, self.norm, train)
     hidden = hidden.reshape(len(hidden), -1)
     hidden = nn.relu(nn.Dense(self.width, kernel_init=glorot)(hidden))
