@@ -67,6 +67,7 @@ BATCH_SIZES_FC = Experiment(
   rates=FOUR_DECADES,
   epochs=20,
   seeds=5,
+  timed=True,
   picture="batch_sizes",
   target=0.4,
   claims=(

@@ -96,32 +96,40 @@ def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 
 def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """Accuracy against batch size; and the steps to a stated accuracy."""
-  figure, (accuracy, steps) = plt.subplots(1, 2, figsize=(9, 4), gridspec_kw={"wspace": 0.25})
+  """Accuracy against batch size; and the steps and the seconds to a stated accuracy."""
+  figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), gridspec_kw={"wspace": 0.3})
+  accuracy, *needed = panels
   for method in experiment.methods:
     outcomes = [outcome for outcome in gathered if outcome.method == method]
     sizes = [outcome.batch_size for outcome in outcomes]
     final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
-    needed = [outcome.first_epoch(experiment.target) * outcome.steps for outcome in outcomes]
+    steps = np.array([o.first_epoch(experiment.target) * o.steps for o in outcomes])
+    seconds = np.array([np.median(o.seconds) if len(o.seconds) else np.nan for o in outcomes])
     style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.6}
     accuracy.plot(sizes, final.mean(axis=1), **style)
     accuracy.fill_between(
       sizes, final.min(axis=1), final.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
     )
-    steps.plot(sizes, needed, **style)
-  for axes in (accuracy, steps):
+    for axes, values in zip(needed, (steps, steps * seconds), strict=True):
+      axes.plot(sizes, values, **style)
+  for axes in panels:
     axes.set_xscale("log", base=2)
     axes.set_xticks(experiment.batch_sizes, map(str, experiment.batch_sizes))
     axes.set_xlabel("batch size")
   accuracy.set_ylabel("test accuracy after the last epoch")
   accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  # There is nothing to scale where no method has reached it.
-  if any(np.isfinite(outcome.first_epoch(experiment.target)) for outcome in gathered):
-    steps.set_yscale("log")
-  steps.set_ylabel(f"steps to {experiment.target:.0%} test accuracy")
+  for axes, what in zip(needed, ("steps", "seconds"), strict=True):
+    # There is nothing to scale where no method has reached it.
+    if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+      axes.set_yscale("log")
+    axes.set_ylabel(f"{what} to {experiment.target:.0%} test accuracy")
   _legend(experiment, gathered, accuracy)
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
-  _footer(accuracy, -0.22, f"{text}\nWhere no steps are shown, it was not reached.")
+  _footer(
+    *(accuracy, -0.25),
+    f"{text}\nWhere no steps are shown, it was not reached. Seconds: steps times the median time "
+    "of a step, measured by itself.",
+  )
   return figure
 
 

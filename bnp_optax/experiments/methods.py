@@ -58,6 +58,8 @@ class Method:
     network: What else the method changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
     warmup: How the learning rate begins; None for the full rate from the start.
+    variants: What is to be chosen together with the learning rate: this method with other settings
+      and a name of its own each; empty for this method as it is.
   """
 
   name: str
@@ -70,6 +72,7 @@ class Method:
   network: tuple[tuple[str, Any], ...] = ()
   weight_decay: float = 0.0
   warmup: Warmup | None = None
+  variants: tuple["Method", ...] = ()
 
   def make_optimizer(
     self, rate: Rate, layers: bnp_optax.linen.Layers

@@ -26,6 +26,7 @@ class Outcome:
     relative_times: The same over that of plain SGD.
     conditioning: The condition numbers that `unit_conditioning.trace` gives; empty if they were not
       measured.
+    variant: Which variant of the method was chosen; empty if it has none.
   """
 
   method: Method
@@ -39,6 +40,7 @@ class Outcome:
   seconds: np.ndarray
   relative_times: np.ndarray
   conditioning: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  variant: str = ""
 
   @property
   def at_edge(self) -> bool:

@@ -4,9 +4,8 @@
    trains on it.
 2. The learning rate of each method at each batch size is chosen on the held-out images. Each rate
    of the grid gets one run from seed 0, as long as the runs that the rate is for, or shorter where
-   the experiment says so. Of the rates within one standard error of the best accuracy, the one with
-   the lowest loss wins, because so small a difference in accuracy is chance. A run that diverged
-   loses to every other.
+   the experiment says so. `selection` says which one wins. Where a method has variants, each of
+   them is tried with each rate.
 3. The runs with the chosen rate have the seeds 1, 2, 3, ... and are tested after each epoch.
 4. The time of a training step is measured, if the experiment asks for it, all methods in turn.
 
@@ -21,7 +20,7 @@ import numpy as np
 from rich.progress import Progress
 from sklearn.model_selection import train_test_split
 
-from bnp_optax.experiments import timing, training, unit_conditioning
+from bnp_optax.experiments import selection, timing, training, unit_conditioning
 from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.data import DataSet
 from bnp_optax.experiments.experiment import Experiment
@@ -87,10 +86,10 @@ class Run:
     self._progress.update(self._task, total=work)
     rates = {}
     for batch_size, method in cells:
-      rates[method, batch_size] = self._choose_rate(method, batch_size)
-      self._train(method, batch_size, rates[method, batch_size])
+      variant, rates[method, batch_size] = self._choose(method, batch_size)
+      self._train(variant, batch_size, rates[method, batch_size])
       if experiment.picture == "conditioning":
-        self._measure_conditioning(method, batch_size, rates[method, batch_size])
+        self._measure_conditioning(variant, batch_size, rates[method, batch_size])
     if experiment.timed:
       for batch_size in experiment.batch_sizes:
         self._time_steps(batch_size, {m: rates[m, batch_size] for m in experiment.methods})
@@ -98,19 +97,27 @@ class Run:
   def _setup(self, method: Method, batch_size: int) -> training.Setup:
     return self._experiment.setup(method, batch_size, len(self._fit.labels), self._classes)
 
-  def _choose_rate(self, method: Method, batch_size: int) -> float:
+  def _choose(self, method: Method, batch_size: int) -> tuple[Method, float]:
+    """The variant of a method and the learning rate that the held-out images choose."""
+    for variant in method.variants or (method,):
+      if len(self._experiment.rates) > 1 or method.variants:
+        self._choose_rate(variant, batch_size)
+    chosen = selection.chosen(self._experiment, self._results, method, batch_size)
+    assert chosen is not None
+    return chosen[0], chosen[1]["rate"]
+
+  def _choose_rate(self, method: Method, batch_size: int) -> None:
     rates = self._experiment.rates
-    if len(rates) == 1:
-      return rates[0]
     settings = self._experiment.rate_settings(method, batch_size)
-    if records := self._results.find(**settings):
-      return records[0]["rate"]
+    if self._results.find(**settings):
+      return
     self._describe(method, batch_size, "choosing the rate")
     size = self._lanes(method, batch_size)
     stacks = [rates[start : start + size] for start in range(0, len(rates), size)]
     tried = [self._try_rates(method, batch_size, stack) for stack in stacks]
     accuracy, loss, diverged = (np.concatenate(parts) for parts in zip(*tried, strict=True))
-    rate = rates[_winner(accuracy, loss, diverged, len(self._held_out.labels))]
+    held_out = len(self._held_out.labels)
+    rate = rates[selection.winner(accuracy, loss, diverged, held_out)]
     self._results.append(
       settings
       | {
@@ -119,9 +126,9 @@ class Run:
         "diverged": diverged.tolist(),
         "rate": rate,
         "at_edge": rate in (min(rates), max(rates)),
+        "held_out": held_out,
       }
     )
-    return rate
 
   def _lanes(self, method: Method, batch_size: int) -> int:
     """How many rates are tried together."""
@@ -249,24 +256,15 @@ class Run:
 
   def _work_left(self, method: Method, batch_size: int) -> int:
     experiment = self._experiment
-    chosen = self._results.find(**experiment.rate_settings(method, batch_size))
     epochs = experiment.seeds * experiment.length
-    if chosen:
-      settings = experiment.epoch_settings(method, batch_size, chosen[0]["rate"])
+    if chosen := selection.chosen(experiment, self._results, method, batch_size):
+      settings = experiment.epoch_settings(chosen[0], batch_size, chosen[1]["rate"])
       epochs -= experiment.seeds * min(experiment.length, len(self._results.find(**settings)))
-    elif len(experiment.rates) > 1:
+    else:
       lanes = self._lanes(method, batch_size)
-      epochs += -(-len(experiment.rates) // lanes) * lanes * experiment.selection_length
+      tries = -(-len(experiment.rates) // lanes) * lanes * max(1, len(method.variants))
+      epochs += tries * experiment.selection_length
     return _work(batch_size, epochs * (len(self._fit.labels) // batch_size))
-
-
-def _winner(accuracy: np.ndarray, loss: np.ndarray, diverged: np.ndarray, images: int) -> int:
-  """Which of the rates wins; they stand in rising order."""
-  running = ~diverged if not diverged.all() else diverged
-  best = accuracy[running].max()
-  standard_error = np.sqrt(best * (1 - best) / images)
-  contenders = running & (accuracy >= best - standard_error)
-  return int(np.argmin(np.where(contenders, loss, np.inf)))
 
 
 def _work(batch_size: int, steps: int) -> int:

@@ -5,11 +5,12 @@ import pathlib
 import numpy as np
 from rich.table import Table
 
+from bnp_optax.experiments import selection
 from bnp_optax.experiments.experiment import SCALES, Experiment
 from bnp_optax.experiments.methods import SGD, Method
 from bnp_optax.experiments.outcomes import Outcome, find, percent
 from bnp_optax.experiments.registry import EXPERIMENTS
-from bnp_optax.experiments.results import FILE, Record, Results, read_results
+from bnp_optax.experiments.results import FILE, Results, read_results
 
 
 def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
@@ -19,13 +20,11 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
     times = results.find(**experiment.time_settings(batch_size))
     measured = times[-1] if times else {"seconds": {}, "relative_to_sgd": {}}
     for method in experiment.methods:
-      chosen: Record = {"rate": min(experiment.rates), "validation_accuracy": []}
-      if len(experiment.rates) > 1:
-        records = results.find(**experiment.rate_settings(method, batch_size))
-        if not records:
-          continue
-        chosen = records[0]
-      epochs = results.find(**experiment.epoch_settings(method, batch_size, chosen["rate"]))
+      chosen = selection.chosen(experiment, results, method, batch_size)
+      if chosen is None:
+        continue
+      variant, choice = chosen
+      epochs = results.find(**experiment.epoch_settings(variant, batch_size, choice["rate"]))
       epochs = epochs[: experiment.length]
       if len(epochs) < experiment.length:
         continue
@@ -34,14 +33,15 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
           method,
           batch_size,
           experiment.rates,
-          np.array(chosen["validation_accuracy"], float),
-          chosen["rate"],
+          np.array(choice["validation_accuracy"], float),
+          choice["rate"],
           epochs[0].get("steps", 0),
           np.array([epoch["train_loss"] for epoch in epochs], float),
           np.array([epoch["test_accuracy"] for epoch in epochs], float),
           np.array(measured["seconds"].get(method.name, []), float),
           np.array(measured["relative_to_sgd"].get(method.name, []), float),
-          _conditioning(experiment, results, method, batch_size, chosen["rate"]),
+          _conditioning(experiment, results, variant, batch_size, choice["rate"]),
+          variant.label if method.variants else "",
         )
       )
   return gathered
@@ -171,7 +171,7 @@ def _cell(outcome: Outcome | None) -> list[str]:
   diverged = "" if np.isfinite(outcome.train_loss[-1]).all() else " diverged"
   lines = [
     percent(outcome.final) + diverged,
-    f"rate {_rate(outcome)}",
+    f"rate {_rate(outcome)}{', ' * bool(outcome.variant)}{outcome.variant}",
   ]
   if len(outcome.relative_times):
     low, middle, high = np.percentile(outcome.relative_times, [25, 50, 75])
