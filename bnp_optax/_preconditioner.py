@@ -78,10 +78,11 @@ def apply(
   p: Preconditioner, z_w: jax.Array, z_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P``: from a step in z to the step in theta."""
-  d_w = z_w * (1 / (p.sigma * p.q))[..., None]
+  scale = 1 / (p.sigma * p.q)
+  d_w = z_w * scale[..., None]
   if z_b is None:
     return d_w, None
-  return d_w, z_b / p.q[..., 0] - _mean_output(p, d_w)
+  return d_w, z_b / p.q[..., 0] - _sum(p.mu * scale, z_w)
 
 
 def apply_inverse(
@@ -91,7 +92,7 @@ def apply_inverse(
   z_w = w * (p.sigma * p.q)[..., None]
   if b is None:
     return z_w, None
-  return z_w, p.q[..., 0] * (b + _mean_output(p, w))
+  return z_w, p.q[..., 0] * (b + _sum(p.mu, w))
 
 
 def precondition(
@@ -99,12 +100,14 @@ def precondition(
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P P^T``: steps 4 and 5. The second uses the ``G_w`` that the first has updated."""
   # What apply(apply_transpose()) is, with one product an entry less.
-  scale = (1 / (p.sigma * p.q))[..., None] ** 2
+  scale = (1 / (p.sigma * p.q)) ** 2
   if g_b is None:
-    return g_w * scale, None
-  G_w = (g_w - p.mu[..., None] * g_b[:, None, None, :]) * scale
-  # Not sum (mu / s2 q2) g_w - (...) g_b, which would spare a pass: it cancels, and loses a digit.
-  return G_w, g_b / p.q[..., 0] ** 2 - _mean_output(p, G_w)
+    return g_w * scale[..., None], None
+  centred = g_w - p.mu[..., None] * g_b[:, None, None, :]
+  G_w = centred * scale[..., None]
+  # This is sum mu G_w, but G_w need not be kept for it: it goes into the weights as it is made.
+  # Not sum mu scale g_w - (...) g_b, which would spare a pass more: it cancels, and loses a digit.
+  return G_w, g_b / p.q[..., 0] ** 2 - _sum(p.mu * scale, centred)
 
 
 def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:
@@ -114,7 +117,7 @@ def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:
   return jnp.where(part < 0.5, old + part * step, new - (1 - part) * step)
 
 
-def _mean_output(p: Preconditioner, w: jax.Array) -> jax.Array:
-  """``sum mu w`` over window and features: what the weights make of the mean input."""
-  mu = jnp.broadcast_to(p.mu, w.shape[:-1])
-  return jnp.einsum("swf,swfo->so", mu, w, precision=jax.lax.Precision.HIGHEST)
+def _sum(v: jax.Array, w: jax.Array) -> jax.Array:
+  """``sum v w`` over window and features; with the mean for ``v``, what weights make of it."""
+  v = jnp.broadcast_to(v, w.shape[:-1])
+  return jnp.einsum("swf,swfo->so", v, w, precision=jax.lax.Precision.HIGHEST)
