@@ -111,9 +111,9 @@ BATCH_SIZES_CNN = dataclasses.replace(
     "laptop": {
       "rates": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
       "epochs": 3,
-      "selection_epochs": 1,
       "seeds": 2,
       "images": 5_000,
+      "methods": BATCH_SIZES_FC.methods[:6],
     },
   },
 )
