@@ -21,7 +21,7 @@ _INK = "#333333"
 _CROWDED = 0.9
 _WIDE = 20
 _RATES_SHOWN_AT = (1, 6, 60)
-_STYLE = {
+STYLE = {
   "font.size": 9,
   "axes.edgecolor": "#999999",
   "axes.labelcolor": _INK,
@@ -53,7 +53,7 @@ def draw(
   if not gathered:
     return []
   drawn = []
-  with plt.style.context(_STYLE):
+  with plt.style.context(STYLE):
     for suffix, paint in _PICTURES[experiment.picture].items():
       figure = paint(experiment, gathered)
       drawn.append(folder / f"{experiment.name}{suffix}.png")

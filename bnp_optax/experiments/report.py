@@ -99,7 +99,7 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
     for claim in shown.claims:
       judgement = claim.judge(gathered)
       rows.append((name, setting, claim.text, judgement.measured, judgement.verdict))
-  return _table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), rows)
+  return table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), rows)
 
 
 def rates(folder: pathlib.Path) -> tuple[Table, str]:
@@ -119,7 +119,7 @@ def rates(folder: pathlib.Path) -> tuple[Table, str]:
       if method.name in experiment.paper_rates and found and len(found.rates) > 1:
         theirs = f"{experiment.paper_rates[method.name]:g}"
         rows.append((f"{shown.name} ({shown.place})", method.label, theirs, _rate(found)))
-  return _table(("experiment", "method", "rate in the paper", "rate chosen here"), rows)
+  return table(("experiment", "method", "rate in the paper", "rate chosen here"), rows)
 
 
 def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, list[Outcome]]:
@@ -131,13 +131,14 @@ def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, 
   return shown, gathered
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[Table, str]:
-  table = Table(*columns)
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[Table, str]:
+  """A table for the terminal, and the same table in Markdown."""
+  shown = Table(*columns)
   markdown = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
   for row in rows:
-    table.add_row(*row)
+    shown.add_row(*row)
     markdown.append(f"| {' | '.join(row)} |")
-  return table, "\n".join([*markdown, ""])
+  return shown, "\n".join([*markdown, ""])
 
 
 def caption(experiment: Experiment) -> str:

@@ -6,7 +6,7 @@ in turn, so that whatever else the machine does meets all of them alike. Ratios 
 round. The results of a cell are one line; a run goes on after the last one that is there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import dataclasses
 import math
@@ -18,13 +18,12 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from matplotlib.axes import Axes
 import numpy as np
 import optax
 from rich.console import Console
 
 import bnp_optax
-from bnp_optax.experiments import figures, methods, report
+from bnp_optax.experiments import methods, step_time_report
 from bnp_optax.experiments.methods import SGD, Method
 from bnp_optax.experiments.models import CNN, MLP
 from bnp_optax.experiments.resnet import ResNet
@@ -49,8 +48,8 @@ _MANY = (
   methods.BNP_MOMENTUM,
   BNP_SGD,
 )
+_FOUR = (SGD, methods.BNP, methods.ADAM, methods.BNP_ADAM)
 _TWO = (SGD, methods.BNP)
-_THREE = (SGD, methods.BATCHNORM, methods.BNP)
 
 
 class Stack(nn.Module):
@@ -105,7 +104,7 @@ class Cell:
   """One network at one batch size.
 
   Attributes:
-    series: The panel of the figure that it belongs to: `batch`, `width`, `layers`; empty for none.
+    series: What grows from cell to cell: `batch`, `width`, `image`, `layers`; empty for nothing.
     network: The network, without norm.
     shape: The shape of an image.
     batch_size: Images in a step.
@@ -137,23 +136,24 @@ def cells(scale: str) -> list[Cell]:
     return [
       *_batch_cells((1, 16), _FEW),
       *_width_cells((128, 256)),
+      *_image_cells((32,)),
       *_layer_cells((2, 4)),
-    ]
-  if scale == "laptop":
-    return [
-      *_batch_cells((1, 16, 60, 512), _MANY),
-      *_network_cells(
-        ((MLP((4096, 4096)), (60,)), (CNN(), (128,)), (ResNet(), (128,)), (ViT(), (64,))), _THREE
-      ),
-      *_width_cells((128, 512, 2048, 8192)),
-      *_layer_cells((10, 30, 100)),
     ]
   sizes = (1, 2, 6, 16, 60, 256, 512)
   networks = (MLP((4096, 4096)), CNN(), ResNet(), ViT())
+  if scale == "laptop":
+    return [
+      *_batch_cells(sizes, _MANY),
+      *_network_cells(zip(networks, ((60,), (128,), (128,), (64,)), strict=True)),
+      *_width_cells((128, 512, 2048, 8192)),
+      *_image_cells((32, 64, 128)),
+      *_layer_cells((10, 100, 500)),
+    ]
   return [
     *_batch_cells(sizes, _MANY),
-    *_network_cells([(network, sizes) for network in networks], _FEW),
+    *_network_cells((network, sizes) for network in networks),
     *_width_cells((128, 256, 512, 1024, 2048, 4096, 8192)),
+    *_image_cells((32, 64, 128, 256)),
     *_layer_cells((10, 100, 500)),
   ]
 
@@ -162,18 +162,18 @@ def _batch_cells(sizes: Sequence[int], compared: tuple[Method, ...]) -> list[Cel
   return [Cell("batch", MLP((100, 100)), _IMAGE, size, compared) for size in sizes]
 
 
-def _network_cells(
-  networks: Sequence[tuple[nn.Module, Sequence[int]]], compared: tuple[Method, ...]
-) -> list[Cell]:
-  return [
-    Cell("", network, _IMAGE, size, compared) for network, sizes in networks for size in sizes
-  ]
+def _network_cells(networks: Iterable[tuple[nn.Module, Sequence[int]]]) -> list[Cell]:
+  return [Cell("", network, _IMAGE, size, _FEW) for network, sizes in networks for size in sizes]
 
 
 def _width_cells(widths: Sequence[int]) -> list[Cell]:
   return [
-    Cell("width", MLP((width,)), (width,), size, _TWO) for size in (1, 60) for width in widths
+    Cell("width", MLP((width,)), (width,), size, _FOUR) for size in (1, 60) for width in widths
   ]
+
+
+def _image_cells(sizes: Sequence[int]) -> list[Cell]:
+  return [Cell("image", CNN(), (size, size, 3), 16, _TWO) for size in sizes]
 
 
 def _layer_cells(depths: Sequence[int]) -> list[Cell]:
@@ -199,7 +199,7 @@ def run(scale: str, folder: pathlib.Path) -> None:
     for cell in cells(scale):
       if not results.find(**cell.settings):
         console.print(f"{cell.network.title}, batch size {cell.batch_size}", highlight=False)
-        results.append(cell.settings | measure(cell, seconds=1.0 if scale == "smoke" else 20.0))
+        results.append(cell.settings | measure(cell, seconds=1.0 if scale == "smoke" else 10.0))
     _show(scale, results, folder, console)
 
 
@@ -344,138 +344,9 @@ def _show(scale: str, results: Results, folder: pathlib.Path, console: Console) 
     (cell, found[-1]) for cell in cells(scale) if (found := results.find(**cell.settings))
   ]
   markdown = []
-  for tabulate in (_time_table, _program_table):
-    table, text = tabulate(measured)
+  for table, text in step_time_report.tables(measured):
     markdown.append(text)
     console.print(table)
   (folder / f"{NAME}.md").write_text("\n".join(markdown))
-  if picture := _draw(measured, folder):
+  if picture := step_time_report.draw(measured, folder):
     console.print(f"picture: {picture}", soft_wrap=True)
-
-
-def _time_table(measured: list[tuple[Cell, Record]]) -> tuple[Any, str]:
-  """Median and quartiles of the time of a step, relative to plain SGD."""
-  compared = {method.name: method for cell, _ in measured for method in cell.methods[1:]}
-  rows = []
-  for cell, record in measured:
-    texts = [cell.network.title, str(cell.batch_size), f"{1e3 * _median(record, 'seconds'):.2f}"]
-    for name in compared:
-      ratios = record["relative_to_sgd"].get(name)
-      low, middle, high = np.percentile(ratios, [25, 50, 75]) if ratios else (0, 0, 0)
-      texts.append(f"{middle:.2f} ({low:.2f}-{high:.2f})" if ratios else "")
-    rows.append(tuple(texts))
-  labels = (method.label for method in compared.values())
-  return report._table(("network", "batch", "SGD, ms", *labels), rows)
-
-
-def _program_table(measured: list[tuple[Cell, Record]]) -> tuple[Any, str]:
-  """What a step of BNP costs beside its time, relative to one of plain SGD."""
-  columns = ("network", "batch", "SGD's trace, compile", "trace", "compile", "both")
-  columns += ("flops", "bytes", "memory", "state, bytes")
-  rows = []
-  for cell, record in measured:
-    sgd, bnp = (record["programs"][method.name] for method in _TWO)
-    ratios = [
-      bnp[kind] / sgd[kind]
-      for kind in ("trace_seconds", "compile_seconds", "flops", "bytes_accessed", "peak_bytes")
-    ]
-    ratios.insert(2, _to_build(bnp) / _to_build(sgd))
-    rows.append(
-      (
-        cell.network.title,
-        str(cell.batch_size),
-        f"{sgd['trace_seconds']:.2f} s, {sgd['compile_seconds']:.2f} s",
-        *(f"{ratio:.2f}" for ratio in ratios),
-        f"{bnp['state_bytes']:,}",
-      )
-    )
-  return report._table(columns, rows)
-
-
-def _to_build(program: dict[str, float]) -> float:
-  return program["trace_seconds"] + program["compile_seconds"]
-
-
-def _median(record: Record, kind: str, name: str = SGD.name) -> float:
-  return float(np.median(record[kind][name]))
-
-
-def _draw_batch(axes: Axes, measured: list[tuple[Cell, Record]]) -> None:
-  for method in measured[0][0].methods:
-    line = [(cell.batch_size, r["relative_to_sgd"][method.name]) for cell, r in measured]
-    _line(axes, line, method.label, method.colour, method.marker)
-  axes.set(xlabel="batch size", ylabel="time of a step, relative to SGD")
-  axes.set_title("FC 3072-100-100-10", loc="left")
-
-
-def _draw_width(axes: Axes, measured: list[tuple[Cell, Record]]) -> None:
-  for size, marker in ((1, "o"), (60, "s")):
-    line = [
-      (cell.shape[0], record["relative_to_sgd"][methods.BNP.name])
-      for cell, record in measured
-      if cell.batch_size == size
-    ]
-    _line(axes, line, f"BNP, batch size {size}", methods.BNP.colour, marker)
-  axes.set(xlabel="width n", ylabel="time of a step, relative to SGD")
-  axes.set_title("FC n-n-10", loc="left")
-
-
-def _draw_layers(axes: Axes, measured: list[tuple[Cell, Record]]) -> None:
-  for method in _TWO:
-    for scanned, style in ((False, "-"), (True, ":")):
-      line = [
-        (cell.network.depth, _to_build(record["programs"][method.name]))
-        for cell, record in measured
-        if cell.network.scanned == scanned
-      ]
-      label = f"{method.label}{', scanned' * scanned}"
-      _line(axes, line, label, method.colour, method.marker, style)
-  axes.set(xlabel="layers", ylabel="processor seconds to trace and compile", yscale="log")
-  axes.yaxis.set_major_formatter("{x:g}")
-  axes.yaxis.set_minor_formatter("{x:g}")
-  axes.set_title("dense layers of 32", loc="left")
-
-
-_PANELS = {"batch": _draw_batch, "width": _draw_width, "layers": _draw_layers}
-
-
-def _draw(measured: list[tuple[Cell, Record]], folder: pathlib.Path) -> pathlib.Path | None:
-  """Time against batch size and width, compile time against layers: what there is of them."""
-  there = [name for name in _PANELS if any(cell.series == name for cell, _ in measured)]
-  if not there:
-    return None
-  with figures.plt.style.context(figures._STYLE):
-    figure, row = figures.plt.subplots(
-      1, len(there), figsize=(3.7 * len(there), 3.6), squeeze=False, gridspec_kw={"wspace": 0.3}
-    )
-    for name, axes in zip(there, row[0], strict=True):
-      _PANELS[name](axes, [(cell, record) for cell, record in measured if cell.series == name])
-      axes.set_xscale("log", base=2)
-      axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
-      axes.xaxis.set_major_formatter("{x:g}")
-      axes.legend(frameon=False, fontsize=6.5)
-    path = folder / f"{NAME}.png"
-    figure.savefig(path, dpi=200, bbox_inches="tight", facecolor="white")
-    figures.plt.close(figure)
-  return path
-
-
-def _line(
-  axes: Axes,
-  points: Sequence[tuple[int, Any]],
-  label: str,
-  colour: str,
-  marker: str,
-  style: str = "-",
-) -> None:
-  """Medians, with the quartiles as a band where there are any."""
-  if not points:
-    return
-  places = [place for place, _ in points]
-  low, middle, high = (
-    np.array([np.percentile(values, [25, 50, 75]) for _, values in points]).reshape(-1, 3).T
-  )
-  axes.plot(
-    places, middle, style, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label
-  )
-  axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
