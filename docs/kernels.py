@@ -1,0 +1,141 @@
+"""What XLA makes of the two places where BNP reads large arrays, in the forms that were tried.
+
+taskset -c 1 python docs/kernels.py    (a minute; the last table of performance.md)
+"""
+
+from collections.abc import Callable
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROUNDS, CALLS = 40, 10
+WIDTH, OUTPUTS = 3072, 100
+
+
+def read_once(h: jax.Array) -> Any:
+  """The sum alone: what a single reading of the inputs costs."""
+  return jnp.sum(h, 0)
+
+
+def two_passes(h: jax.Array) -> Any:
+  """The mean, then the squares about it: what the library does."""
+  total = jnp.sum(h, 0)
+  return total, jnp.sum((h - total / len(h)) ** 2, 0)
+
+
+def raw_moments(h: jax.Array) -> Any:
+  """E[h^2] - E[h]^2, which loses the variance of inputs with a large mean."""
+  return jnp.sum(h, 0), jnp.sum(h * h, 0)
+
+
+def shifted(h: jax.Array) -> Any:
+  """Both moments about the first row, which needs no mean before."""
+  d = h - h[0]
+  return jnp.sum(d, 0), jnp.sum(d * d, 0)
+
+
+def one_reduction(h: jax.Array) -> Any:
+  """The same as one reduction with two results."""
+  d, zero = h - h[0], np.float32(0)
+  return jax.lax.reduce((d, d * d), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (0,))
+
+
+def products(h: jax.Array) -> Any:
+  """Both sums as products with a vector of ones."""
+  ones = jnp.ones((1, len(h)))
+  total = (ones @ h)[0]
+  return total, (ones @ (h - total / len(h)) ** 2)[0]
+
+
+Update = tuple[jax.Array, jax.Array]
+
+
+def sgd(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """No preconditioner."""
+  del mu, scale
+  return g_w, g_b
+
+
+def centred(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """Step 5 from the centred gradient: what the library does."""
+  c = g_w - mu[:, None] * g_b
+  return c * scale[:, None], g_b - _product(mu * scale, c)
+
+
+def updated(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """Step 5 from the updated gradient, as the paper writes it."""
+  G_w = (g_w - mu[:, None] * g_b) * scale[:, None]
+  return G_w, g_b - _product(mu, G_w)
+
+
+def summed(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """The same as a plain sum."""
+  G_w = (g_w - mu[:, None] * g_b) * scale[:, None]
+  return G_w, g_b - jnp.sum(mu[:, None] * G_w, 0)
+
+
+def algebra(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """Step 5 from the gradient itself, which cancels where means are large."""
+  v = mu * scale
+  G_w = (g_w - mu[:, None] * g_b) * scale[:, None]
+  return G_w, g_b - (_product(v, g_w) - (v @ mu) * g_b)
+
+
+def _product(v: jax.Array, w: jax.Array) -> jax.Array:
+  return jnp.einsum("f,fo->o", v, w, precision=jax.lax.Precision.HIGHEST)
+
+
+def step(precondition: Callable[..., Update]) -> Callable[..., Any]:
+  """The end of a training step: the gradient of the weights, and the update."""
+
+  def take(w: Any, b: Any, h: Any, g: Any, mu: Any, scale: Any) -> Any:
+    G_w, G_b = precondition(h.T @ g, g.sum(0), mu, scale)
+    return w - 1e-3 * G_w, b - 1e-3 * G_b
+
+  return take
+
+
+def before_the_product(w: Any, b: Any, h: Any, g: Any, mu: Any, scale: Any) -> Any:
+  """The preconditioner on the inputs, before they are multiplied with the outputs' gradient."""
+  x = (h - mu) * scale
+  return w - 1e-3 * (x.T @ g), b - 1e-3 * (g.sum(0) - (x @ mu) @ g)
+
+
+def microseconds(functions: dict[str, Callable[..., Any]], *args: Any) -> str:
+  """The median time of each, in turn."""
+  compiled = {name: jax.jit(f) for name, f in functions.items()}
+  taken: dict[str, list[float]] = {name: [] for name in compiled}
+  for number in range(ROUNDS + 2):
+    for name, f in compiled.items():
+      start = time.perf_counter()
+      for _ in range(CALLS):
+        result = f(*args)
+      jax.block_until_ready(result)
+      if number >= 2:
+        taken[name].append((time.perf_counter() - start) / CALLS)
+  return " | ".join(f"{1e6 * np.median(times):.0f}" for times in taken.values())
+
+
+def main() -> None:
+  """Prints both tables, in microseconds."""
+  statistics = (read_once, two_passes, raw_moments, shifted, one_reduction, products)
+  print("| rows x features |", " | ".join(f.__name__ for f in statistics), "|")
+  for shape in ((16, 3072), (60, 3072), (512, 3072), (3840, 64), (115200, 32)):
+    h = jax.random.normal(jax.random.key(0), shape)
+    print(f"| {shape[0]} x {shape[1]} |", microseconds({f.__name__: f for f in statistics}, h), "|")
+  forms = {f.__name__: step(f) for f in (sgd, centred, updated, summed, algebra)}
+  forms["before_the_product"] = before_the_product
+  print("| batch |", " | ".join(forms), "|")
+  for batch in (1, 2, 16, 60, 512):
+    keys = jax.random.split(jax.random.key(0), 2)
+    h = jax.random.normal(keys[0], (batch, WIDTH)) + 1
+    g = jax.random.normal(keys[1], (batch, OUTPUTS))
+    w, b, mu, scale = (jnp.ones(s) for s in ((WIDTH, OUTPUTS), OUTPUTS, WIDTH, WIDTH))
+    print(f"| {batch} |", microseconds(forms, w, b, h, g, mu, scale), "|")
+
+
+if __name__ == "__main__":
+  main()
