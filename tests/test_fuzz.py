@@ -1,8 +1,10 @@
 """Random networks, options and inputs: no error, no state that is not finite, the paper's step.
 
 A network is compiled once and then meets many cases: whatever else is random is an argument of the
-compiled program, the number of examples (by a mask) and BNP's own options included. By hand, 10,000
-cases: pytest tests/test_fuzz.py --hypothesis-profile=thorough --hypothesis-seed=0
+compiled program, the number of examples (by a mask) and BNP's own options included.
+
+By hand, 10,000 cases in some five minutes:
+pytest tests/test_fuzz.py --hypothesis-profile=thorough --hypothesis-seed=0
 """
 
 import dataclasses
