@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import LayerStatistics, layer_statistics
+from bnp_optax._statistics import AxisName, LayerStatistics, layer_statistics
 
 # Part of the key of every cache of traced functions: what was traced without statistics, or with
 # other ones, must be traced anew.
@@ -187,7 +187,11 @@ def read(
 
 
 def call_statistics(
-  call: Call, name: str, example_axes: int, mask: jax.Array | None
+  call: Call,
+  name: str,
+  example_axes: int,
+  mask: jax.Array | None,
+  axis_name: AxisName | None,
 ) -> LayerStatistics:
   """The statistics of one call of the layer called ``name``.
 
@@ -196,6 +200,7 @@ def call_statistics(
     name: what errors call the layer.
     example_axes: how many leading axes count examples.
     mask: True for the leading positions that count; None for all.
+    axis_name: the mapped axes that the batch is split over; None if it is whole.
 
   Returns:
     The statistics, with the kernel's name and layout.
@@ -226,6 +231,7 @@ def call_statistics(
     rows=math.prod(leading) if call.rows is None else call.rows,
     mask=mask,
     stack=call.stack,
+    axis_name=axis_name,
   )
   return dataclasses.replace(statistics, kernel=call.kernel, layout=call.layout)
 

@@ -143,8 +143,8 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       raise ValueError(
         f"Layer {layer}: its kernel of shape {shape} takes inputs of shape {expected}, but the "
         f"statistics are of {saw}. Were they taken from another model, or under jax.vmap without "
-        "summing the mapped axis? If the layer is not a plain Dense or Conv, or ran under nn.scan "
-        "or nn.vmap, pass layers=bnp_optax.linen.layers(model, *inputs)."
+        "sow_statistics(axis_name=...) and out_axes=None? If the layer is not a plain Dense or "
+        "Conv, or ran under nn.scan or nn.vmap, pass layers=bnp_optax.linen.layers(model, *inputs)."
       )
     merged.append(statistics)
   return merged

@@ -2,16 +2,21 @@
 
 Everything here follows from "+": the statistics of two micro-batches, of two devices or of two
 halves of a sequence are the sums of theirs. So `jax.tree.map(jnp.add, a, b)`, `jax.lax.psum` and
-Optax's micro-batching merge them, and no function of ours is needed.
+Optax's micro-batching merge them, and no function of ours is needed. Devices that know the mean of
+the whole batch before they take squares have one vector less to tell each other.
 """
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bnp_optax._layout import KernelLayout
+
+# The name of a mapped axis, or the names of several.
+AxisName = str | tuple[str, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +98,7 @@ def layer_statistics(
   rows: int,
   mask: jax.Array | None = None,
   stack: int = 0,
+  axis_name: AxisName | None = None,
 ) -> LayerStatistics:
   """The statistics of one call of a layer.
 
@@ -106,29 +112,35 @@ def layer_statistics(
     rows: the number of rows of ``H`` that they make, before masking.
     mask: True for the leading positions that count, ``[*leading]``; None for all.
     stack: the number of stack axes.
+    axis_name: the mapped axes that the batch is split over; the sums are those of the whole.
 
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
   """
+
+  def whole(x: Any) -> Any:
+    # A number, which is the same everywhere, is multiplied by the size of the axis, not sent.
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
   dtype = accumulation_dtype(inputs.dtype)
   h = jax.lax.stop_gradient(inputs).astype(dtype)
   leading = tuple(range(h.ndim - 1 - stack))
   weight = rows / max(1, math.prod(h.shape[: len(leading)]))
-  counted = jnp.asarray(rows, dtype)
+  counted = jnp.asarray(whole(rows), dtype)
   here = True
   if mask is not None:
     # where(), not a product: padding may hold anything, and 0 * NaN is NaN.
     here = jnp.expand_dims(mask, range(mask.ndim, h.ndim))
     h = jnp.where(here, h, 0)
-    counted = weight * jnp.sum(mask, dtype=dtype)
-  total = weight * jnp.sum(h, leading)
+    counted = whole(weight * jnp.sum(mask, dtype=dtype))
+  total = whole(weight * jnp.sum(h, leading))
   deviation = jnp.where(here, h - jnp.expand_dims(total / counted, leading), 0)
   shape = total.shape[:-1]
   return LayerStatistics(
-    examples=jnp.broadcast_to(jnp.asarray(examples, dtype), shape),
+    examples=jnp.broadcast_to(jnp.asarray(whole(examples), dtype), shape),
     rows=jnp.broadcast_to(counted, shape),
     total=total,
-    within=weight * jnp.sum(deviation * deviation, leading),
+    within=whole(weight * jnp.sum(deviation * deviation, leading)),
     between=total * total / counted,
   )
 

@@ -27,7 +27,7 @@ from bnp_optax._layers import (
   split_arrays,
   statistics_name,
 )
-from bnp_optax._statistics import LayerStatistics, merge_calls
+from bnp_optax._statistics import AxisName, LayerStatistics, merge_calls
 
 # How to read each layer, by the function that multiplies with its kernel. A subclass that overrides
 # that function and calls it is read once, where it does; one that does not call it is not read.
@@ -54,7 +54,11 @@ _reporter: contextvars.ContextVar[Any] = contextvars.ContextVar("linen", default
 
 @contextlib.contextmanager
 def sow_statistics(
-  *, example_axes: int = 1, mask: jax.Array | None = None, exact_windows: bool = False
+  *,
+  example_axes: int = 1,
+  mask: jax.Array | None = None,
+  axis_name: AxisName | None = None,
+  exact_windows: bool = False,
 ) -> Iterator[None]:
   """Within this context, every linear layer sows what it sees into ``intermediates``.
 
@@ -68,8 +72,8 @@ def sow_statistics(
 
   Under `flax.linen.scan`, `flax.linen.vmap` and `flax.linen.RNN`, ``variable_axes`` must hold
   ``"intermediates": 0``.
-  Under `jax.vmap` over examples, each example's statistics come out along the mapped axis: sum
-  them over it with `jax.tree.map`.
+  Under `jax.shard_map`, `jax.pmap` and `jax.vmap` over examples, name the axis that they map:
+  with ``axis_name`` the statistics are those of all examples along it.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
@@ -82,12 +86,26 @@ def sow_statistics(
     >>> stats.examples, stats.mean, stats.variance
     (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
 
+    The same of single examples, mapped by `jax.vmap`:
+
+    >>> def apply_one(x):
+    ...   with bnp_optax.linen.sow_statistics(example_axes=0, axis_name="batch"):
+    ...     return model.apply(params, x, mutable=["intermediates"])
+    >>> y, aux = jax.vmap(apply_one, axis_name="batch", out_axes=(0, None))(x)
+    >>> stats = aux["intermediates"]["layer_statistics"]
+    >>> stats.examples, stats.mean, stats.variance
+    (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
+
   Args:
     example_axes: how many leading axes count examples, as the loss does: 1 if it is a mean over
-      sequences or images, 2 if it is a mean over the tokens of ``[batch, time, features]``.
+      sequences or images, 2 if it is a mean over the tokens of ``[batch, time, features]``, 0 if
+      `jax.vmap` maps single examples.
     mask: True for positions that count and False for padding; its shape is the leading shape of
       the inputs it is for, such as ``[batch, time]``. Layers whose inputs have only the example
       axes, such as a head after pooling, are not masked.
+    axis_name: the name of the mapped axis that the examples are split over, or a tuple of names, as
+      in `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
+      whole batch, and the same everywhere along the axis.
     exact_windows: whether convolutions take one mean and variance for each kernel entry, over the
       zero-padded windows (eqs. 19 and 20), instead of one for each channel over the whole map
       (eqs. 21 and 22). Needs ``layers(..., exact_windows=True)``.
@@ -97,16 +115,17 @@ def sow_statistics(
 
   Raises:
     ValueError: while tracing, if a layer's inputs have no rows, are complex, or do not fit `mask`.
+    NameError: while tracing, if there is no mapped axis of the name `axis_name`.
   """
 
   def see(module: nn.Module, call: Call) -> LayerStatistics | None:
     # What is not sown is missed, loudly, by an optimizer that has use for it.
     if call.problem:
       return None
-    return call_statistics(call, "/".join(module.path), example_axes, mask)
+    return call_statistics(call, "/".join(module.path), example_axes, mask, axis_name)
 
   # A mask is a constant of what is traced under it.
-  key = (example_axes, exact_windows, None if mask is None else object())
+  key = (example_axes, axis_name, exact_windows, None if mask is None else object())
   with _reporting(see, merge_calls, exact_windows, key):
     yield
 

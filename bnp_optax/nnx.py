@@ -25,7 +25,7 @@ from bnp_optax._layers import (
   statistics_name,
 )
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import LayerStatistics, merge_calls
+from bnp_optax._statistics import AxisName, LayerStatistics, merge_calls
 
 
 class Statistics(nnx.Variable[Any]):
@@ -61,7 +61,11 @@ _open = 0
 
 @contextlib.contextmanager
 def sow_statistics(
-  *, example_axes: int = 1, mask: jax.Array | None = None, exact_windows: bool = False
+  *,
+  example_axes: int = 1,
+  mask: jax.Array | None = None,
+  axis_name: AxisName | None = None,
+  exact_windows: bool = False,
 ) -> Iterator[None]:
   """Within this context, every linear layer sows what it sees as a `Statistics` variable.
 
@@ -76,6 +80,8 @@ def sow_statistics(
   Under `flax.nnx.scan` and `flax.nnx.vmap`, `Statistics` go along axis 0, as parameters do by
   default; in a scan over time, where the parameters are the same at each step, and for
   `flax.nnx.RNN`, say so: ``nnx.StateAxes({Statistics: 0, ...: None})`` or ``nnx.Carry``.
+  Under `jax.shard_map`, `jax.pmap` and `flax.nnx.vmap` over examples, name the axis that they map:
+  with ``axis_name`` the statistics are those of all examples along it.
 
   Examples:
     >>> import bnp_optax, jax, jax.numpy as jnp, optax
@@ -97,9 +103,20 @@ def sow_statistics(
     >>> bool(loss < 1e-2)
     True
 
+    The statistics of single examples, mapped by `flax.nnx.vmap`:
+
+    >>> def call_one(model, x):
+    ...   with bnp_optax.nnx.sow_statistics(example_axes=0, axis_name="batch"):
+    ...     return nnx.capture(model, bnp_optax.nnx.Statistics)(x)
+    >>> call = nnx.vmap(call_one, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
+    >>> y, stats = call(model, x)
+    >>> stats["layer_statistics"].get_value().examples
+    Array(8., dtype=float32)
+
   Args:
     example_axes: as in `bnp_optax.linen.sow_statistics`.
     mask: as in `bnp_optax.linen.sow_statistics`.
+    axis_name: as in `bnp_optax.linen.sow_statistics`.
     exact_windows: as in `bnp_optax.linen.sow_statistics`.
 
   Yields:
@@ -108,15 +125,16 @@ def sow_statistics(
   Raises:
     ValueError: while tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
       if its inputs have no rows, are complex, or do not fit `mask`.
+    NameError: while tracing, if there is no mapped axis of the name `axis_name`.
   """
 
   def see(module: nnx.Module, call: Call) -> LayerStatistics | None:
     if call.problem:
       return None  # What is not sown is missed, loudly, by an optimizer that has use for it.
-    return call_statistics(call, _describe(module, call), example_axes, mask)
+    return call_statistics(call, _describe(module, call), example_axes, mask, axis_name)
 
   # A mask is a constant of what is traced under it.
-  key = (example_axes, exact_windows, None if mask is None else object())
+  key = (example_axes, axis_name, exact_windows, None if mask is None else object())
   with _reporting(see, merge_calls, exact_windows, key):
     yield
 

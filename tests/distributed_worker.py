@@ -43,19 +43,19 @@ def bnp():
   return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.02))
 
 
-def loss_fn(params, batch):
+def loss_fn(params, batch, **context):
   """The mean cross entropy of a batch, with the statistics."""
   x, y = batch
-  with bnp_optax.linen.sow_statistics():
+  with bnp_optax.linen.sow_statistics(**context):
     logits, aux = CNN(x.dtype.name).apply({"params": params}, x, mutable=["intermediates"])
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
   return loss, aux["intermediates"]
 
 
-def step(tx, params, state, batch, loss_fn=loss_fn, average=lambda grads, stats: (grads, stats)):
-  """One training step; `average` may take the means over devices."""
+def step(tx, params, state, batch, loss_fn=loss_fn, average=lambda grads: grads):
+  """One training step; `average` may take the mean over devices."""
   (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-  grads, stats = average(grads, stats)
+  grads = average(grads)
   updates, state = tx.update(grads, state, params, stats=stats)
   return optax.apply_updates(params, updates), state
 

@@ -26,10 +26,25 @@ def local(params, state, batch, tx, **kwargs):
   return distributed_worker.step(tx, params, state, batch, **kwargs)
 
 
+local_loss_fn = functools.partial(distributed_worker.loss_fn, axis_name="data")
+
+
 def global_loss_fn(params, batch):
   """Under shard_map, the gradient of the mean over devices is the mean of their gradients."""
+  loss, stats = local_loss_fn(params, batch)
+  return lax.pmean(loss, "data"), stats
+
+
+def summed_loss_fn(params, batch):
+  """The same, with each device's own statistics, which are sums."""
   loss, stats = distributed_worker.loss_fn(params, batch)
   return lax.pmean(loss, "data"), lax.psum(stats, "data")
+
+
+def masked_loss_fn(params, batch):
+  """The same, with the statistics of the images that have a label."""
+  loss, stats = local_loss_fn(params, batch, mask=batch[1] >= 0)
+  return lax.pmean(loss, "data"), stats
 
 
 # What each of JAX's engines is given, once for all steps and for each batch.
@@ -45,16 +60,16 @@ def jitted(step, devices):
   return jax.jit(step), lambda batch: jax.device_put(batch, sharding)
 
 
-def shard_mapped(step, devices):
+def shard_mapped(step, devices, loss_fn=global_loss_fn):
   mesh = make_mesh((devices,), ("data",))
-  step = functools.partial(step, loss_fn=global_loss_fn)
+  step = functools.partial(step, loss_fn=loss_fn)
   specs = {"in_specs": (P(), P(), P("data")), "out_specs": P()}
   return jax.jit(jax.shard_map(step, mesh=mesh, **specs)), lambda batch: batch
 
 
 def pmapped(step, devices):
-  average = lambda grads, stats: (lax.pmean(grads, "data"), lax.psum(stats, "data"))
-  step = functools.partial(step, average=average)
+  average = lambda grads: lax.pmean(grads, "data")
+  step = functools.partial(step, loss_fn=local_loss_fn, average=average)
   split = lambda x: x.reshape(devices, -1, *x.shape[1:])
   run = jax.pmap(
     step, "data", in_axes=(None, None, 0), out_axes=None, devices=jax.devices()[:devices]
@@ -138,27 +153,50 @@ def test_many_processes_come_to_the_same_parameters(processes, tmp_path):
 # What the recipes rest on.
 
 
-def test_statistics_summed_over_devices_are_those_of_the_whole_batch():
+def see_on_devices(loss_fn, params, batch, devices=8):
+  """The statistics under shard_map, which finds them to be the same on every device."""
+  run = jax.shard_map(
+    lambda params, batch: loss_fn(params, batch)[1],
+    mesh=make_mesh((devices,), ("data",)),
+    in_specs=(P(), P("data")),
+    out_specs=P(),
+  )
+  return jax.jit(run)(params, batch)
+
+
+@pytest.mark.parametrize("loss_fn", [global_loss_fn, summed_loss_fn])
+def test_statistics_over_devices_are_those_of_the_whole_batch(loss_fn):
   """Of all examples, above all: q divides by N."""
   with jax.enable_x64(True):
     params, _ = distributed_worker.start(bnp(), "float64")
     images, labels = make_batches(1, "float64")
     batch = (images[0], labels[0])
     whole = jax.jit(lambda p, b: distributed_worker.loss_fn(p, b)[1])(params, batch)
-    see = lambda params, batch: global_loss_fn(params, batch)[1]
-    mesh = make_mesh((8,), ("data",))
-    shard_map = jax.shard_map(see, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    summed = jax.jit(shard_map)(params, batch)
+    split = see_on_devices(loss_fn, params, batch)
     for name, positions in {"first": 16, "second": 16, "head": 1}.items():
-      a, b = (stats[name]["layer_statistics"] for stats in (summed, whole))
+      a, b = (stats[name]["layer_statistics"] for stats in (split, whole))
       assert (a.examples, a.rows) == (BATCH_SIZE, BATCH_SIZE * positions)
       assert (b.examples, b.rows) == (a.examples, a.rows)
       np.testing.assert_allclose(a.mean, b.mean, rtol=1e-13)
       np.testing.assert_allclose(a.variance, b.variance, rtol=1e-11, atol=1e-16)
 
 
+def test_padding_is_counted_over_all_devices():
+  """Of two images a device, the first has none that counts, and the second has one."""
+  with jax.enable_x64(True):
+    params, _ = distributed_worker.start(bnp(), "float64")
+    images, labels = (x[0] for x in make_batches(1, "float64"))
+    counts = np.arange(BATCH_SIZE) >= 3
+    padded = (np.where(counts[:, None, None, None], images, np.nan), np.where(counts, labels, -1))
+    whole = jax.jit(lambda p, b: distributed_worker.loss_fn(p, b)[1])
+    expected = whole(params, (images[counts], labels[counts]))
+    actual = see_on_devices(masked_loss_fn, params, padded)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-11, atol=1e-14)
+    assert actual["head"]["layer_statistics"].examples == BATCH_SIZE - 3
+
+
 def test_statistics_of_one_device_alone_are_refused_by_shard_map():
-  """A forgotten psum is an error of JAX's own, which says what varies."""
+  """A forgotten axis_name is an error of JAX's own, which says what varies."""
 
   def forgetful(params, batch):
     loss, stats = distributed_worker.loss_fn(params, batch)
@@ -259,11 +297,20 @@ def compiled_step(engine, tx, devices=8):
   ).compile()
 
 
-@pytest.mark.parametrize(("engine", "vectors", "scalars"), [("jit", 2, 0), ("shard_map", 3, 2)])
+@pytest.mark.parametrize(
+  ("engine", "vectors", "scalars"),
+  [
+    pytest.param(jitted, 2, 0, id="jit"),
+    pytest.param(shard_mapped, 2, 0, id="shard_map"),
+    pytest.param(functools.partial(shard_mapped, loss_fn=masked_loss_fn), 2, 2, id="mask"),
+    pytest.param(functools.partial(shard_mapped, loss_fn=summed_loss_fn), 3, 2, id="psum"),
+    pytest.param(pmapped, 2, 0, id="pmap"),
+  ],
+)
 def test_what_bnp_adds_to_the_wire(engine, vectors, scalars):
   """Two vectors a layer, and three where its sums are added without knowing the mean of all."""
   sizes = lambda tx: collections.Counter(
-    math.prod(shape) for _, shape in wire(compiled_step(ENGINES[engine], tx))
+    math.prod(shape) for _, shape in wire(compiled_step(engine, tx))
   )
   sgd, with_bnp = sizes(optax.sgd(0.02)), sizes(bnp())
   parameters, _ = distributed_worker.start(bnp(), "float32")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bnp_optax
+from bnp_optax import LayerStatistics
 from bnp_optax.linen import sow_statistics
 from tests import problems
 from tests.compiling import AS_USERS_DO
@@ -140,6 +141,23 @@ def test_a_layer_called_again_sees_more_rows_of_the_same_examples():
   x = uniform(5, 4)
   stats = see(Tied(), init(Tied(), x), x)
   check(stats["layer"]["layer_statistics"], np.concatenate(stats["inputs"]), examples=5)
+
+
+class Scanned(nn.Module):
+  """Layers stacked by nn.scan."""
+
+  axes: tuple[str, ...] = ("params", "intermediates")
+  features: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    block = nn.scan(
+      lambda module, x, _: (nn.tanh(module(x)), None),
+      variable_axes=dict.fromkeys(self.axes, 0),
+      split_rngs={"params": True},
+      length=4,
+    )
+    return block(nn.Dense(self.features, name="block"), x, None)[0]
 
 
 class Setup(nn.Module):
@@ -320,24 +338,113 @@ def test_complex_inputs():
     see(model, init(model, x), x)
 
 
+# Examples that are split over a mapped axis.
+
+
+def see_mapped(model, params, x, mask=None, axes=("batch",), context=None):
+  """The statistics of a forward pass whose examples `jax.vmap` maps, once for each axis."""
+
+  def forward(x, mask):
+    with sow_statistics(mask=mask, axis_name=axes, **(context or {})):
+      _, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+    return layer_statistics(aux)
+
+  for axis in reversed(axes):
+    # They are the same for all that is mapped.
+    forward = jax.vmap(forward, axis_name=axis, out_axes=None)
+  return jax.jit(forward)(x, mask)
+
+
+def layer_statistics(tree):
+  """What BNP takes from a tree."""
+  is_statistics = lambda x: isinstance(x, LayerStatistics)
+  return [x for x in jax.tree.leaves(tree, is_leaf=is_statistics) if is_statistics(x)]
+
+
+@pytest.mark.parametrize(
+  ("model", "shape", "context"),
+  [
+    pytest.param(problems.CNN(), (8, 6, 6, 2), {}, id="strides"),
+    pytest.param(nn.Conv(4, (3,), 2, feature_group_count=2), (8, 7, 4), {}, id="groups"),
+    pytest.param(nn.Conv(2, (3,), 2), (8, 7, 2), {"exact_windows": True}, id="exact windows"),
+    pytest.param(nn.Einsum((3, 5, 2), "ngf,gfo->ngo"), (8, 3, 5), {}, id="stack"),
+    pytest.param(nn.Dense(2), (8, 4, 3), {"example_axes": 2}, id="example axes"),
+    pytest.param(Tied(), (8, 4), {}, id="called again"),
+    pytest.param(Scanned(), (8, 3), {}, id="scan"),
+    pytest.param(nn.remat(problems.MLP)(), (8, 5), {}, id="remat"),
+  ],
+)
+def test_a_mapped_axis_sees_the_whole_batch(model, shape, context):
+  x = uniform(*shape)
+  params = init(model, x)
+  expected = layer_statistics(see(model, params, x, context=context))
+  for axes, sizes in ((("batch",), (4,)), (("a", "b"), (2, 2))):
+    split = x.reshape(*sizes, -1, *shape[1:])
+    actual = see_mapped(model, params, split, axes=axes, context=context)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("example_axes", [1, 2])
+@pytest.mark.parametrize("mask_axes", [1, 2])
+def test_padding_along_a_mapped_axis(example_axes, mask_axes):
+  """Some have no padding, one has nothing else."""
+  mask = np.arange(40).reshape(8, 5) % 7 < 5
+  mask[2:4] = False
+  mask = mask if mask_axes == 2 else mask[:, 0]
+  x = np.where(np.expand_dims(mask, tuple(range(mask_axes, 3))), uniform(8, 5, 3), np.nan)
+  model = nn.Dense(2)
+  params = init(model, x)
+  context = {"example_axes": example_axes}
+  expected = layer_statistics(see(model, params, x, context={**context, "mask": mask}))
+  split = (a.reshape(4, 2, *a.shape[1:]) for a in (x, mask))
+  actual = see_mapped(model, params, *split, context=context)
+  chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, np.arange(8) < 5, np.arange(40).reshape(8, 5) % 7 < 5])
+def test_single_examples_along_a_mapped_axis(mask):
+  """An example that is mapped alone has no example axis, and its positions are not examples."""
+  x, model = uniform(8, 5, 3), nn.Conv(2, (3,))
+  params = init(model, x)
+  expected = layer_statistics(see(model, params, x, context={"mask": mask}))
+  actual = see_mapped(model, params, x, mask, context={"example_axes": 0})
+  chex.assert_trees_all_close(actual, expected, rtol=1e-5)
+
+
+def test_micro_batches_of_a_mapped_axis_add_up():
+  x, model = uniform(8, 5, 3), nn.Dense(2)
+  params = init(model, x)
+  (expected,) = layer_statistics(see(model, params, x))
+  parts = [see_mapped(model, params, part.reshape(2, 2, 5, 3)) for part in (x[:4], x[4:])]
+  (both,) = jax.tree.map(jnp.add, *parts)
+  assert (both.examples, both.rows) == (expected.examples, expected.rows) == (8, 40)
+  np.testing.assert_allclose(both.mean, expected.mean, rtol=1e-5)
+  np.testing.assert_allclose(both.variance, expected.variance, rtol=1e-5)
+
+
+def test_a_function_traced_before_without_axis_name():
+  x, model = uniform(4, 2, 5), nn.jit(problems.MLP)()
+  params = init(model, x[0])
+
+  def forward(x):
+    for axis_name in (None, "batch"):
+      with sow_statistics(axis_name=axis_name):
+        _, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+      yield aux["intermediates"]["first"]["layer_statistics"].rows
+
+  run = jax.vmap(lambda x: tuple(forward(x)), axis_name="batch", out_axes=(0, None))
+  alone, whole = jax.jit(run)(x)
+  assert (alone.tolist(), whole) == ([2, 2, 2, 2], 8)
+
+
+def test_an_axis_name_of_no_mapped_axis():
+  x = uniform(4, 5)
+  params = init(nn.Dense(3), x)
+  with pytest.raises(NameError, match="unbound axis name: batch"):
+    see(nn.Dense(3), params, x, context={"axis_name": "batch"})
+
+
 # Ways to lose statistics: each is loud, and says what to do.
-
-
-class Scanned(nn.Module):
-  """Layers stacked by nn.scan."""
-
-  axes: tuple[str, ...] = ("params", "intermediates")
-  features: int = 3
-
-  @nn.compact
-  def __call__(self, x):
-    block = nn.scan(
-      lambda module, x, _: (nn.tanh(module(x)), None),
-      variable_axes=dict.fromkeys(self.axes, 0),
-      split_rngs={"params": True},
-      length=4,
-    )
-    return block(nn.Dense(self.features, name="block"), x, None)[0]
 
 
 def update(model, params, x, layers=None, **context):

@@ -417,22 +417,38 @@ def test_scanned_layers(remat):
     tx.update(no_bias, tx.init(no_bias), stats=stats)
 
 
-def test_vmap_over_examples():
-  """Statistics of examples mapped by vmap are summed by the user."""
+def test_a_mapped_axis_sees_the_whole_batch():
+  """One layer of the model is called twice."""
+  with jax.enable_x64(True):
+    model = build(functools.partial(MLP, dtype=jnp.float64))
+    x = uniform(N, 5, dtype=jnp.float64)
+
+    def one(model, x):
+      with sow_statistics(example_axes=0, axis_name="batch"):
+        return nnx.capture(model, Statistics)(x)[1]
+
+    axes = {"in_axes": (None, 0), "out_axes": None, "axis_name": "batch"}
+    actual = nnx.jit(nnx.vmap(one, **axes))(model, x)
+    _, expected = grads_and_stats(model, x)
+    for layer in range(3):
+      a, b = (statistics(stats, "layers", layer) for stats in (actual, expected))
+      chex.assert_trees_all_close(a, b, rtol=1e-12)
+
+
+def test_a_function_traced_before_without_axis_name():
   model, x = MLP(rngs()), uniform(N, 5)
+  forward = nnx.jit(lambda model, x: nnx.capture(model, Statistics)(x)[1])
 
-  @nnx.jit
-  def mapped(model):
-    with sow_statistics():
-      one = lambda model, x: nnx.capture(model, Statistics)(x[None])
-      return nnx.vmap(one, in_axes=(None, 0))(model, x)
+  def one(model, x):
+    for axis_name in (None, "batch"):
+      with sow_statistics(axis_name=axis_name):
+        yield statistics(forward(model, x), "layers", 0).rows
 
-  _, stats = mapped(model)
-  stats = jax.tree.map(lambda s: jnp.sum(s, 0), stats)
-  _, expected = grads_and_stats(model, x)
-  a, b = statistics(stats, "layers", 0), statistics(expected, "layers", 0)
-  np.testing.assert_allclose((a.mean, a.variance), (b.mean, b.variance), rtol=1e-4)
-  assert (a.rows, a.examples) == (N, N)
+  run = nnx.vmap(
+    lambda *args: tuple(one(*args)), in_axes=(None, 0), out_axes=(0, None), axis_name="batch"
+  )
+  alone, whole = run(model, x)
+  assert (alone.tolist(), whole) == ([1] * N, N)
 
 
 # Ways to lose statistics.

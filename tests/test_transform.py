@@ -255,11 +255,17 @@ def test_statistics_of_another_width(mlp):
   )
 
 
-def test_statistics_under_vmap_without_the_sum(mlp):
+def test_statistics_under_vmap_without_axis_name(mlp):
   params, grads, stats = mlp
   tx = bnp_optax.scale_by_bnp()
   stats = jax.tree.map(lambda s: jnp.stack([s, s]), stats)
-  raises("under jax.vmap without summing", tx.update, grads, tx.init(params), stats=stats)
+  raises(
+    r"under jax.vmap without sow_statistics\(axis_name=",
+    tx.update,
+    grads,
+    tx.init(params),
+    stats=stats,
+  )
 
 
 def test_state_for_other_parameters(mlp):
