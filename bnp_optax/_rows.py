@@ -4,16 +4,16 @@ The frameworks' rooms report each call of a layer as rows; here the rows themsel
 of their mean and variance, and brought to the canonical form: a stack of matrices.
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import flax.linen
-import flax.nnx
 import jax
 import jax.numpy as jnp
 
-from bnp_optax import _preconditioner, linen, nnx
+from bnp_optax import _preconditioner, linen
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Path, flatten, split_arrays
 from bnp_optax._layout import KernelLayout
@@ -63,40 +63,18 @@ def observe(
   Raises:
     ValueError: if BNP covers no layer of the model.
   """
-  arrays, rebuild = split_arrays((args, kwargs))
-  if isinstance(model, flax.linen.Module):
-    params = flax.linen.meta.unbox(variables["params"])
-    layers = linen.layers(model, *args, **kwargs)
-  elif isinstance(model, flax.nnx.GraphDef):
-    module: Any = flax.nnx.merge(model, variables)
-    params = flax.nnx.state(module, flax.nnx.Param)
-    layers = nnx.layers(module, *args, **kwargs)
-  else:
-    raise ValueError(
-      "Give a Linen module with its variables, or the two parts of an NNX module, as in "
-      f"conditioning.survey(*nnx.split(model), x); found a {type(model).__name__}."
-    )
+  framework = _linen if isinstance(model, flax.linen.Module) else _nnx
+  params, layers, see = framework(model, variables, args, kwargs)
   found = find_layers(params, layers)
   if not found:
     raise ValueError(f"BNP covers no layer of this model:\n{layers}")
 
+  arrays, rebuild = split_arrays((args, kwargs))
+
   @jax.jit
   def run(variables: Any, arrays: list[Any]) -> tuple[Any, Any]:
     args, kwargs = rebuild(arrays)
-    if isinstance(model, flax.linen.Module):
-      variables = {k: v for k, v in variables.items() if k != "intermediates"}
-      with linen._reporting(_rows, _append, True, object()):
-        _, rows = model.apply(variables, *args, mutable=True, **kwargs)
-      with linen.sow_statistics():
-        _, statistics = model.apply(variables, *args, mutable=True, **kwargs)
-      return rows.get("intermediates", {}), statistics["intermediates"]
-    with nnx._reporting(_rows, _append, True, object()):
-      module: Any = flax.nnx.merge(model, variables)
-      _, rows = flax.nnx.capture(module, nnx.Statistics)(*args, **kwargs)
-    with nnx.sow_statistics():
-      module: Any = flax.nnx.merge(model, variables)
-      _, statistics = flax.nnx.capture(module, nnx.Statistics)(*args, **kwargs)
-    return rows, statistics
+    return see(variables, *args, **kwargs)
 
   rows, statistics = run(variables, arrays)
   leaves, _ = flatten_masked(params)
@@ -111,6 +89,51 @@ def observe(
       h = _without_outer_axes(h, layer.layout.calls)
     observed.append(Observed(layer, leaves[layer.kernel].shape, h, stats))
   return layers, observed
+
+
+def _linen(
+  model: flax.linen.Module, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Layers, Callable[..., tuple[Any, Any]]]:
+  """The parameters of a Linen module, its table, and what gives the rows and statistics."""
+
+  def see(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    variables = {k: v for k, v in variables.items() if k != "intermediates"}
+    with linen._reporting(_rows, _append, True, object()):
+      _, rows = model.apply(variables, *args, mutable=True, **kwargs)
+    with linen.sow_statistics():
+      _, statistics = model.apply(variables, *args, mutable=True, **kwargs)
+    return rows.get("intermediates", {}), statistics["intermediates"]
+
+  params = flax.linen.meta.unbox(variables["params"])
+  return params, linen.layers(model, *args, **kwargs), see
+
+
+def _nnx(
+  model: Any, variables: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Layers, Callable[..., tuple[Any, Any]]]:
+  """The same of an NNX module."""
+  # Here, because the import of NNX takes long and Linen's users need none of it.
+  from flax import nnx
+
+  from bnp_optax.nnx import Statistics, _reporting, layers, sow_statistics
+
+  if not isinstance(model, nnx.GraphDef):
+    raise ValueError(
+      "Give a Linen module with its variables, or the two parts of an NNX module, as in "
+      f"conditioning.survey(*nnx.split(model), x); found a {type(model).__name__}."
+    )
+
+  def see(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    with _reporting(_rows, _append, True, object()):
+      module: Any = nnx.merge(model, variables)
+      _, rows = nnx.capture(module, Statistics)(*args, **kwargs)
+    with sow_statistics():
+      module: Any = nnx.merge(model, variables)
+      _, statistics = nnx.capture(module, Statistics)(*args, **kwargs)
+    return rows, statistics
+
+  module: Any = nnx.merge(model, variables)
+  return nnx.state(module, nnx.Param), layers(module, *args, **kwargs), see
 
 
 def columns(

@@ -15,7 +15,7 @@ import bnp_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BASE = "import optax, flax.linen, flax.nnx"
+BASE = "import optax, flax"
 
 
 def run(*command, **kwargs):
@@ -33,14 +33,36 @@ def test_version_is_that_of_the_package_everywhere():
 
 
 def test_importing_it_imports_nothing_of_the_experiments():
-  loaded = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+  loaded = "import sys; print(*sys.modules)"
   base = set(run(sys.executable, "-c", f"{BASE}; {loaded}").split())
   ours = set(run(sys.executable, "-c", f"import bnp_optax; {loaded}").split())
-  assert "bnp_optax" in ours
+  assert not ours & {"matplotlib", "tyro", "sklearn", "pooch", "PIL", "flax.nnx"}
+  packages = {name.partition(".")[0] for name in ours - base}
+  assert "bnp_optax" in packages
   # Flax itself imports rich.
-  heavy = {"matplotlib", "tyro", "sklearn", "pooch", "PIL", "orbax", "scipy", "rich"}
-  assert not (ours - base) & heavy
-  assert not ours & {"matplotlib", "tyro", "sklearn", "pooch", "PIL"}
+  assert not packages & {"orbax", "scipy", "rich"}
+
+
+def test_nnx_is_imported_where_it_is_asked_for_and_not_before():
+  script = """
+import sys
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import bnp_optax
+
+assert {*bnp_optax.__all__} <= {*dir(bnp_optax)}
+x = jnp.ones((4, 2))
+model = nn.Dense(3)
+bnp_optax.conditioning.survey(model, model.init(jax.random.key(0), x), x)
+assert "flax.nnx" not in sys.modules
+from bnp_optax import nnx
+assert nnx is bnp_optax.nnx is sys.modules["bnp_optax.nnx"]
+assert nnx.Statistics is not None
+bnp_optax.nonsense
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+  assert done.stderr.endswith("module 'bnp_optax' has no attribute 'nonsense'\n"), done.stderr
 
 
 @pytest.mark.slow
