@@ -18,7 +18,8 @@ from bnp_optax.experiments.outcomes import Outcome, find, percent
 
 Verdict = Literal["holds", "does not hold", "within the spread", "not run"]
 _POINTS, _PART_OF_ERROR = 0.02, 0.2
-_TRAINS = 0.2
+# Twice chance.
+TRAINS = 0.2
 
 
 class Judgement(NamedTuple):
@@ -71,12 +72,12 @@ def comparable(method: str, *others: str, batch_size: int | None = None) -> Judg
 
 def trains(*methods: str, batch_size: int | None = None) -> Judge:
   """Judges whether networks learn at all with these methods."""
-  return _each(methods, batch_size, lambda outcome: outcome.final.min() > _TRAINS)
+  return _each(methods, batch_size, lambda outcome: outcome.final.min() > TRAINS)
 
 
 def fails(*methods: str, batch_size: int | None = None) -> Judge:
   """Judges whether networks learn nothing with these methods."""
-  return _each(methods, batch_size, lambda outcome: outcome.final.max() <= _TRAINS)
+  return _each(methods, batch_size, lambda outcome: outcome.final.max() <= TRAINS)
 
 
 def falls_back(method: str) -> Judge:

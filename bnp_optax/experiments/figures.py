@@ -101,6 +101,9 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   accuracy, *needed = panels
   for method in experiment.methods:
     outcomes = [outcome for outcome in gathered if outcome.method == method]
+    # A run that has not come to it yet is drawn as far as it is.
+    if not outcomes:
+      continue
     sizes = [outcome.batch_size for outcome in outcomes]
     final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
     steps = np.array([o.first_epoch(experiment.target) * o.steps for o in outcomes])

@@ -7,6 +7,9 @@ import numpy as np
 
 from bnp_optax.experiments.methods import Method
 
+# With room for the rounding of a difference of two accuracies.
+_POINT = 0.01 + 1e-9
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -69,6 +72,26 @@ def find(outcomes: Sequence[Outcome], method: str, batch_size: int | None) -> Ou
     if outcome.method.name == method and batch_size in (None, outcome.batch_size):
       return outcome
   return None
+
+
+def plateau(rates: Sequence[float], accuracy: np.ndarray) -> tuple[float, float]:
+  """Between which learning rates a method does as well as at its best, to within a point.
+
+  Nothing is said of what lies between two rates that were tried.
+
+  Args:
+    rates: The rates that were tried, in rising order.
+    accuracy: What each of them reached.
+
+  Returns:
+    The lowest and the highest rate of the unbroken run of rates around the best one whose accuracy
+    is at most one point below its.
+  """
+  best = int(np.argmax(accuracy))
+  below = np.flatnonzero(accuracy < accuracy[best] - _POINT)
+  low = below[below < best].max(initial=-1) + 1
+  high = below[below > best].min(initial=len(rates)) - 1
+  return float(rates[low]), float(rates[high])
 
 
 def percent(values: np.ndarray) -> str:

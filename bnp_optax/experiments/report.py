@@ -6,9 +6,10 @@ import numpy as np
 from rich.table import Table
 
 from bnp_optax.experiments import selection
+from bnp_optax.experiments.claims import TRAINS
 from bnp_optax.experiments.experiment import SCALES, Experiment
 from bnp_optax.experiments.methods import SGD, Method
-from bnp_optax.experiments.outcomes import Outcome, find, percent
+from bnp_optax.experiments.outcomes import Outcome, find, percent, plateau
 from bnp_optax.experiments.registry import EXPERIMENTS
 from bnp_optax.experiments.results import FILE, Results, read_results
 
@@ -80,6 +81,34 @@ def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]
     table.add_row(method.label, *("\n".join(lines) for lines in texts), end_section=True)
     markdown.append(f"| {method.label} | {' | '.join('<br>'.join(lines) for lines in texts)} |")
   return table, "\n".join([caption(experiment), "", *markdown, "", _note(experiment), ""])
+
+
+def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:
+  """Says over how many decades of the learning rate a method does as well as at its best.
+
+  Args:
+    experiment: What was run.
+    gathered: What came out.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown, with what its numbers mean.
+  """
+  cells = {(outcome.method, outcome.batch_size): outcome for outcome in gathered}
+  columns = ("method", *(f"batch size {batch_size}" for batch_size in experiment.batch_sizes))
+  rows = [
+    (method.label, *(_decades(cells.get((method, size))) for size in experiment.batch_sizes))
+    for method in experiment.methods
+  ]
+  table, markdown = _table(columns, rows)
+  note = (
+    "Decades of the learning rate: from the lowest to the highest rate of the unbroken run of "
+    f"grid rates, of {len(experiment.rates)} from {min(experiment.rates):g} to "
+    f"{max(experiment.rates):g}, that are within one point of the best accuracy on held-out "
+    f"images. ≥ where that run ends at an edge of the grid. One seed, "
+    f"{count(experiment.selection_length, 'epoch')}."
+  )
+  table.title, table.caption, table.caption_justify = caption(experiment), note, "left"
+  return table, "\n".join([caption(experiment), "", markdown, note, ""])
 
 
 def claims(folder: pathlib.Path) -> tuple[Table, str]:
@@ -164,6 +193,16 @@ def _note(experiment: Experiment) -> str:
 
 def _rate(outcome: Outcome) -> str:
   return f"{outcome.rate:g}{'*' if outcome.at_edge else ''}"
+
+
+def _decades(outcome: Outcome | None) -> str:
+  if outcome is None:
+    return "not run"
+  if outcome.validation_accuracy.max() <= TRAINS:
+    return "does not train"
+  low, high = plateau(outcome.rates, outcome.validation_accuracy)
+  at_edge = low == min(outcome.rates) or high == max(outcome.rates)
+  return f"{'≥ ' if at_edge else ''}{np.log10(high / low):.1f}"
 
 
 def _cell(outcome: Outcome | None) -> list[str]:

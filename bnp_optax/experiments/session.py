@@ -67,6 +67,10 @@ def _show(experiment: Experiment, results: Results, folder: pathlib.Path, consol
   table, markdown = report.tables(experiment, gathered)
   (folder / f"{experiment.name}.md").write_text(markdown)
   console.print(table)
+  if experiment.picture == "batch_sizes":
+    table, markdown = report.plateaus(experiment, gathered)
+    (folder / f"{experiment.name}-plateaus.md").write_text(markdown)
+    console.print(table)
   for picture in figures.draw(experiment, gathered, folder):
     console.print(f"picture: {picture}", soft_wrap=True)
 

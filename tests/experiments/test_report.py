@@ -1,11 +1,15 @@
 """The docs show what the committed results say, and every picture there is drawn from them."""
 
+import dataclasses
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
-from bnp_optax.experiments import report
+from bnp_optax.experiments import methods, report
 from bnp_optax.experiments.__main__ import main
+from bnp_optax.experiments.outcomes import Outcome, plateau
 from bnp_optax.experiments.registry import EXPERIMENTS
 from bnp_optax.experiments.results import FILE, read_results
 
@@ -33,6 +37,64 @@ def test_committed_results_are_complete(experiment):
   assert len(gathered) == len(experiment.methods) * len(experiment.batch_sizes)
   assert all(len(outcome.seconds) for outcome in gathered) == experiment.timed
   assert (RESULTS / experiment.folder / f"{experiment.name}.png").exists()
+
+
+@pytest.mark.parametrize(
+  ("accuracy", "expected"),
+  [
+    ((0.40, 0.49, 0.50, 0.495, 0.30), (0.01, 0.1)),
+    ((0.40, 0.48, 0.50, 0.48, 0.50), (0.03, 0.03)),  # Not over a gap.
+    ((0.50, 0.50, 0.50, 0.50, 0.50), (0.003, 0.3)),
+    ((0.10, 0.10, 0.10, 0.10, 0.50), (0.3, 0.3)),
+  ],
+)
+def test_a_plateau_is_an_unbroken_run_of_rates_around_the_best(accuracy, expected):
+  rates = (0.003, 0.01, 0.03, 0.1, 0.3)
+  assert plateau(rates, np.array(accuracy)) == expected
+
+
+def outcome(rates, accuracy, method, batch_size):
+  none = np.zeros(0)
+  return Outcome(
+    *(method, batch_size, rates, np.array(accuracy), rates[0], 1, none, none, none, none)
+  )
+
+
+def test_plateaus_are_decades_and_say_where_the_grid_ends():
+  experiment = dataclasses.replace(
+    EXPERIMENTS["batch-sizes-fc"].at("laptop"),
+    batch_sizes=(1, 6, 60),
+    methods=(methods.SGD, methods.BNP),
+  )
+  gathered = [
+    outcome((0.01, 0.1, 1.0, 10.0), (0.2, 0.5, 0.495, 0.1), methods.BNP, 1),
+    outcome((0.01, 0.1, 1.0, 10.0), (0.5, 0.5, 0.495, 0.1), methods.BNP, 6),
+    outcome((0.01, 0.1, 1.0, 10.0), (0.1, 0.1, 0.1, 0.1), methods.BNP, 60),
+  ]
+  _, markdown = report.plateaus(experiment, gathered)
+  assert "| SGD | not run | not run | not run |" in markdown
+  assert "| BNP | 1.0 | ≥ 2.0 | does not train |" in markdown
+
+
+def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatch):
+  records = [
+    {"method": "bnp", "rates": [0.003, 0.03], "rate": 0.03, "validation_accuracy": [0.3, 0.5]},
+    {"method": "bnp", "rate": 0.03, "steps": 9, "train_loss": [1.0], "test_accuracy": [0.5]},
+  ]
+  experiment = dataclasses.replace(
+    EXPERIMENTS["batch-sizes-fc"].at("smoke"), methods=(methods.BNP,), batch_sizes=(1,)
+  )
+  settings = (
+    experiment.rate_settings(methods.BNP, 1),
+    experiment.epoch_settings(methods.BNP, 1, 0.03),
+  )
+  lines = [json.dumps(a | b) for a, b in zip(settings, records, strict=True)]
+  (tmp_path / FILE).write_text("\n".join(lines) + "\n")
+  arguments = "figure batch-sizes-fc --scale smoke --methods bnp sgd --batch-sizes 1 --out"
+  monkeypatch.setattr("sys.argv", ["bnp-optax", *arguments.split(), str(tmp_path)])
+  assert main() == 0
+  assert "Decades" in capsys.readouterr().out
+  assert "| BNP | ≥ 0.0 |" in (tmp_path / "batch-sizes-fc-plateaus.md").read_text()
 
 
 def test_a_report_of_nothing_says_so(capsys, tmp_path, monkeypatch):
