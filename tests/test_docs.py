@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -14,6 +15,12 @@ import bnp_optax.normalization
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+# The project's own pages elsewhere.
+ONLINE = (
+  REPOSITORY,
+  REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github"),
+)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -36,10 +43,12 @@ def anchors(path):
 def broken(path):
   """The links of a page, within the project, that lead nowhere."""
   for link in LINK.findall(FENCED.sub("", text(path))):
-    if re.match(r"[a-z]+:", link):
-      continue
     target, _, anchor = link.partition("#")
     found = path.parent / target if target else path
+    if target.startswith(ONLINE):
+      found = ROOT / target.partition("/blob/main/")[2]
+    elif re.match(r"[a-z]+:", link):
+      continue
     if not found.exists() or (anchor and anchor not in anchors(found)):
       yield link
 
@@ -51,8 +60,11 @@ def test_links_resolve(path):
 
 def test_broken_links_are_found(tmp_path):
   page = tmp_path / "page.md"
-  page.write_text("# One: two\n[a](#one-two) [b](#two) [c](page.md#one-two) [d](none.md)\n")
-  assert list(broken(page)) == ["#two", "none.md"]
+  page.write_text(
+    "# One: two\n[a](#one-two) [b](#two) [c](page.md#one-two) [d](none.md)\n"
+    f"[e]({REPOSITORY}/blob/main/README.md) [f]({ONLINE[1]}/blob/main/none.ipynb)\n"
+  )
+  assert list(broken(page)) == ["#two", "none.md", f"{ONLINE[1]}/blob/main/none.ipynb"]
 
 
 def public(module):
