@@ -107,6 +107,28 @@ class _Choice:
     return self.out or pathlib.Path("bnp_optax_results") / f"{NAME}-{self.scale}"
 
 
+def recorded(folder: pathlib.Path) -> "tuple[Experiment, str] | None":
+  """Which experiment the results in a folder are of.
+
+  Args:
+    folder: The folder of its results.
+
+  Returns:
+    The experiment as it was run there, and the command that last added to its results; None if they
+    are of no experiment of the registry.
+  """
+  from bnp_optax.experiments.registry import EXPERIMENTS
+  from bnp_optax.experiments.results import read_results
+
+  commands = [record["command"] for record in read_results(folder).find(kind="run")]
+  if not commands or commands[-1][:2] != ["bnp-optax", "run"]:
+    return None
+  choice = tyro.cli(_Choice, args=commands[-1][2:])
+  if choice.experiment not in EXPERIMENTS:
+    return None
+  return choice.resolve()[0], shlex.join(commands[-1])
+
+
 def _known(name: str, known: Collection[str]) -> None:
   if name not in known:
     raise UsageError(f"there is no {name!r}: choose from {', '.join(known)}")

@@ -38,7 +38,7 @@ STYLE = {
 
 
 def draw(
-  experiment: Experiment, gathered: list[Outcome], folder: pathlib.Path
+  experiment: Experiment, gathered: list[Outcome], folder: pathlib.Path, dpi: int = 200
 ) -> list[pathlib.Path]:
   """Draws the pictures of an experiment.
 
@@ -46,6 +46,7 @@ def draw(
     experiment: What was run.
     gathered: What came out.
     folder: Where the pictures go.
+    dpi: How many pixels make an inch of them.
 
   Returns:
     Where they are.
@@ -57,7 +58,7 @@ def draw(
     for suffix, paint in _PICTURES[experiment.picture].items():
       figure = paint(experiment, gathered)
       drawn.append(folder / f"{experiment.name}{suffix}.png")
-      figure.savefig(drawn[-1], dpi=200, bbox_inches="tight", facecolor="white")
+      figure.savefig(drawn[-1], dpi=dpi, bbox_inches="tight", facecolor="white")
       plt.close(figure)
   return drawn
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bnp_optax.experiments import methods, report
-from bnp_optax.experiments.__main__ import main
+from bnp_optax.experiments.__main__ import main, recorded
 from bnp_optax.experiments.outcomes import Outcome, plateau
 from bnp_optax.experiments.registry import EXPERIMENTS
 from bnp_optax.experiments.results import FILE, read_results
@@ -37,6 +37,20 @@ def test_committed_results_are_complete(experiment):
   assert len(gathered) == len(experiment.methods) * len(experiment.batch_sizes)
   assert all(len(outcome.seconds) for outcome in gathered) == experiment.timed
   assert (RESULTS / experiment.folder / f"{experiment.name}.png").exists()
+
+
+@pytest.mark.parametrize(
+  "folder", [file.parent for file in sorted(RESULTS.glob(f"*/{FILE}"))], ids=lambda x: x.name
+)
+def test_what_was_run_is_read_off_its_records(folder):
+  found = recorded(folder)
+  if found is None:
+    assert folder.name.partition("-")[0] in {"online", "step"}
+    return
+  experiment, command = found
+  assert folder.name.startswith(f"{experiment.name}-{experiment.dataset}")
+  assert command.startswith(f"bnp-optax run {experiment.name} ")
+  assert report.outcomes(experiment, read_results(folder))
 
 
 @pytest.mark.parametrize(
