@@ -99,7 +99,7 @@ def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, st
     (method.label, *(_decades(cells.get((method, size))) for size in experiment.batch_sizes))
     for method in experiment.methods
   ]
-  table, markdown = _table(columns, rows)
+  shown, markdown = table(columns, rows)
   note = (
     "Decades of the learning rate: from the lowest to the highest rate of the unbroken run of "
     f"grid rates, of {len(experiment.rates)} from {min(experiment.rates):g} to "
@@ -107,8 +107,8 @@ def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, st
     f"images. ≥ where that run ends at an edge of the grid. One seed, "
     f"{count(experiment.selection_length, 'epoch')}."
   )
-  table.title, table.caption, table.caption_justify = caption(experiment), note, "left"
-  return table, "\n".join([caption(experiment), "", markdown, note, ""])
+  shown.title, shown.caption, shown.caption_justify = caption(experiment), note, "left"
+  return shown, "\n".join([caption(experiment), "", markdown, note, ""])
 
 
 def claims(folder: pathlib.Path) -> tuple[Table, str]:
