@@ -178,7 +178,7 @@ VIT = Experiment(
       "epochs": 3,
       "selection_epochs": 1,
       "seeds": 2,
-      "images": 10_000,
+      "images": 6_000,
       "test_images": 2_000,
     },
   },
