@@ -369,10 +369,9 @@ FIG6_LEFT = dataclasses.replace(
       ),
       "rates": (0.03, 0.1, 0.3),
       "epochs": 12,
-      "selection_epochs": 2,
       "decays": (8, 10),
       "seeds": 2,
-      "images": 10_000,
+      "images": 5_000,
     },
   },
 )
