@@ -68,46 +68,68 @@ def apply_transpose(
   p: Preconditioner, g_w: jax.Array, g_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P^T``: from the gradient with respect to theta to the gradient with respect to z."""
-  scale = (1 / (p.sigma * p.q))[..., None]
+  scale = 1 / (p.sigma * p.q)
   if g_b is None:
-    return g_w * scale, None
-  return (g_w - p.mu[..., None] * g_b[:, None, None, :]) * scale, g_b / p.q[..., 0]
+    return _scaled(scale, _matrix(g_w), g_w), None
+  return _scaled(scale, _centred(p, g_w, g_b), g_w), g_b / p.q[..., 0]
 
 
 def apply(
   p: Preconditioner, z_w: jax.Array, z_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P``: from a step in z to the step in theta."""
-  scale = 1 / (p.sigma * p.q)
-  d_w = z_w * scale[..., None]
+  scale, z = 1 / (p.sigma * p.q), _matrix(z_w)
+  d_w = _scaled(scale, z, z_w)
   if z_b is None:
     return d_w, None
-  return d_w, z_b / p.q[..., 0] - _sum(p.mu * scale, z_w)
+  return d_w, z_b / p.q[..., 0] - _sum(p.mu * scale, z, z_w)
 
 
 def apply_inverse(
   p: Preconditioner, w: jax.Array, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P^-1``: from the parameters theta to z."""
-  z_w = w * (p.sigma * p.q)[..., None]
+  z_w = _scaled(p.sigma * p.q, _matrix(w), w)
   if b is None:
     return z_w, None
-  return z_w, p.q[..., 0] * (b + _sum(p.mu, w))
+  return z_w, p.q[..., 0] * (b + _sum(p.mu, _matrix(w), w))
 
 
 def precondition(
   p: Preconditioner, g_w: jax.Array, g_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P P^T``: steps 4 and 5. The second uses the ``G_w`` that the first has updated."""
-  # What apply(apply_transpose()) is, with one product an entry less.
-  scale = (1 / (p.sigma * p.q)) ** 2
-  if g_b is None:
-    return g_w * scale[..., None], None
-  centred = g_w - p.mu[..., None] * g_b[:, None, None, :]
-  G_w = centred * scale[..., None]
-  # This is sum mu G_w, but G_w need not be kept for it: it goes into the weights as it is made.
-  # Not sum mu scale g_w - (...) g_b, which would spare a pass more: it cancels, and loses a digit.
-  return G_w, g_b / p.q[..., 0] ** 2 - _sum(p.mu * scale, centred)
+  return apply(p, *apply_transpose(p, g_w, g_b))
+
+
+# The kernel as a matrix, [stack * window * feature, output], a row for each input of a linear map.
+# For more axes XLA keeps a second array of its size, which costs more than the arithmetic on it.
+
+
+def _matrix(w: jax.Array) -> jax.Array:
+  return w.reshape(-1, w.shape[-1])
+
+
+def _column(v: jax.Array, w: jax.Array) -> jax.Array:
+  """A number for each row of the matrix of ``w``."""
+  return jnp.broadcast_to(v, w.shape[:-1]).reshape(-1, 1)
+
+
+def _scaled(scale: jax.Array, matrix: jax.Array, w: jax.Array) -> jax.Array:
+  return (_column(scale, w) * matrix).reshape(w.shape)
+
+
+def _centred(p: Preconditioner, g_w: jax.Array, g_b: jax.Array) -> jax.Array:
+  """``g_w - mu g_b``, as a matrix."""
+  g_b = _matrix(jnp.broadcast_to(g_b[:, None, None, :], g_w.shape))
+  return _matrix(g_w) - _column(p.mu, g_w) * g_b
+
+
+def _sum(v: jax.Array, matrix: jax.Array, w: jax.Array) -> jax.Array:
+  """``sum v w`` over window and features; with the mean for ``v``, what weights make of it."""
+  stack = len(w)
+  v, matrix = _column(v, w).reshape(stack, -1), matrix.reshape(stack, -1, w.shape[-1])
+  return jnp.einsum("sk,sko->so", v, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:
@@ -115,9 +137,3 @@ def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:
   # A large mean must be known to its last digits, and so must a small variance after a large one.
   step = new - old
   return jnp.where(part < 0.5, old + part * step, new - (1 - part) * step)
-
-
-def _sum(v: jax.Array, w: jax.Array) -> jax.Array:
-  """``sum v w`` over window and features; with the mean for ``v``, what weights make of it."""
-  v = jnp.broadcast_to(v, w.shape[:-1])
-  return jnp.einsum("swf,swfo->so", v, w, precision=jax.lax.Precision.HIGHEST)
