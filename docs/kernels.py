@@ -59,10 +59,11 @@ def sgd(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Upda
   return g_w, g_b
 
 
-def centred(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
-  """Step 5 from the centred gradient: what the library does."""
-  c = g_w - mu[:, None] * g_b
-  return c * scale[:, None], g_b - _product(mu * scale, c)
+def composed(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """P after P^T: what the library does."""
+  root = jnp.sqrt(scale)
+  z = (g_w - mu[:, None] * g_b) * root[:, None]
+  return z * root[:, None], g_b - _product(mu * root, z)
 
 
 def updated(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
@@ -126,7 +127,7 @@ def main() -> None:
   for shape in ((16, 3072), (60, 3072), (512, 3072), (3840, 64), (115200, 32)):
     h = jax.random.normal(jax.random.key(0), shape)
     print(f"| {shape[0]} x {shape[1]} |", microseconds({f.__name__: f for f in statistics}, h), "|")
-  forms = {f.__name__: step(f) for f in (sgd, centred, updated, summed, algebra)}
+  forms = {f.__name__: step(f) for f in (sgd, composed, updated, summed, algebra)}
   forms["before_the_product"] = before_the_product
   print("| batch |", " | ".join(forms), "|")
   for batch in (1, 2, 16, 60, 512):

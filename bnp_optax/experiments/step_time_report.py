@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 from rich.table import Table
 
@@ -120,7 +121,8 @@ def _draw_width(axes: Axes, measured: Measured) -> None:
       ]
       label = f"{method.label}, batch size {size}"
       _line(axes, line, label, method.colour, method.marker, style)
-  axes.set(xlabel="width n", ylabel="time of a step, relative to SGD")
+  axes.set(xlabel="width n", ylabel="time of a step, relative to SGD", yscale="log")
+  _ticks(axes)
   axes.set_title("FC n-n-10", loc="left")
 
 
@@ -143,9 +145,14 @@ def _draw_layers(axes: Axes, measured: Measured) -> None:
       label = f"{method.label}{', scanned' * scanned}"
       _line(axes, line, label, method.colour, method.marker, style)
   axes.set(xlabel="layers", ylabel="processor seconds to trace and compile", yscale="log")
-  axes.yaxis.set_major_formatter("{x:g}")
-  axes.yaxis.set_minor_formatter("{x:g}")
+  _ticks(axes)
   axes.set_title("dense layers of 32", loc="left")
+
+
+def _ticks(axes: Axes) -> None:
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_locator(NullLocator())
 
 
 _PANELS = {

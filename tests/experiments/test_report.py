@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from bnp_optax.experiments import methods, report
+from bnp_optax.experiments import methods, report, step_time, step_time_report
 from bnp_optax.experiments.__main__ import main, recorded
 from bnp_optax.experiments.outcomes import Outcome, plateau
 from bnp_optax.experiments.registry import EXPERIMENTS
@@ -109,6 +109,14 @@ def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatc
   assert main() == 0
   assert "Decades" in capsys.readouterr().out
   assert "| BNP | ≥ 0.0 |" in (tmp_path / "batch-sizes-fc-plateaus.md").read_text()
+
+
+def test_the_page_on_performance_holds_the_tables_of_the_committed_times():
+  results = read_results(RESULTS / "step-time-laptop")
+  measured = [(cell, results.find(**cell.settings)[-1]) for cell in step_time.cells("laptop")]
+  page = (ROOT / "docs" / "performance.md").read_text()
+  for _, markdown in step_time_report.tables(measured):
+    assert markdown in page, "Run: bnp-optax figure step-time, and copy its tables."
 
 
 def test_a_report_of_nothing_says_so(capsys, tmp_path, monkeypatch):
