@@ -7,7 +7,6 @@ cores do in minutes to an hour, `smoke` what they do in seconds.
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 from bnp_optax.experiments import methods, models, resnet
@@ -301,17 +300,20 @@ _RESNET_GROUPNORM_SAME = dataclasses.replace(
 
 
 def _searched(method: methods.Method) -> methods.Method:
-  """A method whose initial scale and weight decay are chosen on held-out images too."""
-  grid = itertools.product((1.0, 0.1), (1e-4, 1.5e-4))
+  """A method whose initial scale is chosen on held-out images too.
+
+  Not the weight decay: a few epochs do not tell 1e-4 from 1.5e-4. It is the latter, for all that
+  are searched.
+  """
   variants = tuple(
     dataclasses.replace(
       method,
-      name=f"{method.name}, initial scale {scale:g}, decay {decay:g}",
-      label=f"initial scale {scale:g}, decay {decay:g}",
-      weight_decay=decay,
+      name=f"{method.name}, initial scale {scale:g}",
+      label=f"initial scale {scale:g}",
+      weight_decay=1.5e-4,
       network=(*((k, v) for k, v in method.network if k != "init_scale"), ("init_scale", scale)),
     )
-    for scale, decay in grid
+    for scale in (1.0, 0.1)
   )
   return dataclasses.replace(method, variants=variants)
 
@@ -367,8 +369,9 @@ FIG6_LEFT = dataclasses.replace(
           _searched(_RESNET_BNP_GROUPNORM),
         )
       ),
-      "rates": (0.03, 0.1, 0.3),
+      "rates": (0.1, 0.3),
       "epochs": 12,
+      "selection_epochs": 6,
       "decays": (8, 10),
       "seeds": 2,
       "images": 5_000,
