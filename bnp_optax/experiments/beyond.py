@@ -69,7 +69,7 @@ BATCH_SIZES_FC = Experiment(
   seeds=5,
   timed=True,
   picture="batch_sizes",
-  target=0.4,
+  target=0.35,
   claims=(
     Claim("BNP reaches at batch size 1 what it does at 60", steady("bnp", 1, 60)),
     Claim("bnp(Adam) ends above Adam at batch size 1", better("bnp_adam", "adam", batch_size=1)),
