@@ -65,7 +65,8 @@ def _measure(
   measured = {"plain": _kappa(root) ** 2}
   if setup.method.bnp is not None:
     bnp = state.opt_state[0]
-    layer, kernel = _output_layer(state.params)
+    layer = _layers(state.params)[-1]
+    kernel = state.params[layer]["kernel"]
     mean, variance = bnp.input_mean[layer]["kernel"], bnp.input_variance[layer]["kernel"]
     with jax.enable_x64(True):
       mean, variance = (jax.numpy.asarray(x, "float64") for x in (mean, variance))
@@ -90,12 +91,12 @@ def _forward(model: MLP, params: Any, images: jax.Array) -> tuple[jax.Array, jax
     mutable=["intermediates"],
   )
   seen: Any = variables["intermediates"]
-  return jax.nn.relu(seen[sorted(params)[-2]]["__call__"][0]), logits
+  return jax.nn.relu(seen[_layers(params)[-2]]["__call__"][0]), logits
 
 
-def _output_layer(params: Any) -> tuple[str, jax.Array]:
-  layer = sorted(params)[-1]
-  return layer, params[layer]["kernel"]
+def _layers(params: Any) -> list[str]:
+  """The names of the dense layers, in their order."""
+  return sorted(params, key=lambda name: int(name.removeprefix("Dense_")))
 
 
 def _kappa(matrix: np.ndarray) -> float:
