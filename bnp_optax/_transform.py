@@ -198,7 +198,8 @@ def advance_statistics(
   variance = match_state("input_variance", state.input_variance, treedef, leaves, layers)
   seen = match_statistics(layers, leaves, stats)
 
-  preconditioners, nonfinite = [], [jnp.asarray(state.nonfinite_count)]
+  preconditioners = []
+  nonfinite = state.nonfinite_count
   for layer, statistics in zip(layers, seen, strict=True):
     shape = leaves[layer.kernel].shape
     mu, sigma2 = mean[layer.kernel], variance[layer.kernel]
@@ -220,7 +221,7 @@ def advance_statistics(
     )
 
     finite = jnp.all(jnp.isfinite(new_mu) & jnp.isfinite(new_sigma2), axis=-1, keepdims=True)
-    nonfinite.append(jnp.sum(~finite, dtype=jnp.int32))
+    nonfinite += jnp.sum(~finite, dtype=jnp.int32)
     mu = mean[layer.kernel] = jnp.where(finite, new_mu, mu)
     sigma2 = variance[layer.kernel] = jnp.where(finite, new_sigma2, sigma2)
 
@@ -243,8 +244,7 @@ def advance_statistics(
     count=optax.safe_increment(state.count),
     input_mean=treedef.unflatten(mean),
     input_variance=treedef.unflatten(variance),
-    # At once: a chain of sums would make a program that compiles in the square of the layers' time.
-    nonfinite_count=jnp.sum(jnp.stack(nonfinite), dtype=jnp.int32),
+    nonfinite_count=nonfinite,
   )
   return new_state, preconditioners
 
