@@ -176,11 +176,10 @@ VIT = Experiment(
   scales={
     "smoke": SMOKE | {"images": 100},
     "laptop": {
-      "rates": (0.0003, 0.001, 0.003, 0.01),
-      "epochs": 3,
-      "selection_epochs": 1,
+      "rates": (0.0003, 0.001, 0.003, 0.01, 0.03),
+      "epochs": 4,
       "seeds": 2,
-      "images": 6_000,
+      "images": 8_000,
       "test_images": 2_000,
     },
   },
@@ -192,7 +191,7 @@ LANGUAGE_MODEL = dataclasses.replace(
   title="Transformer that predicts the next character of Python's language reference",
   network=transformers.LanguageModel(),
   dataset="pydoc",
-  scales={**VIT.scales, "laptop": {**VIT.scales["laptop"], "epochs": 4, "images": None}},
+  scales={**VIT.scales, "laptop": {**VIT.scales["laptop"], "images": None}},
 )
 
 FIRST = (QUICKSTART, OPTIMIZERS)
