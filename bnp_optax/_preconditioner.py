@@ -69,9 +69,12 @@ def apply_transpose(
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P^T``: from the gradient with respect to theta to the gradient with respect to z."""
   scale = 1 / (p.sigma * p.q)
+  z_w = _column(scale, g_w) * _matrix(g_w)
   if g_b is None:
-    return _scaled(scale, _matrix(g_w), g_w), None
-  return _scaled(scale, _centred(p, g_w, g_b), g_w), g_b / p.q[..., 0]
+    return z_w.reshape(g_w.shape), None
+  # Scaled, then centred: in the other order XLA makes z_w twice, and g_w has to stay beside it.
+  z_w -= _column(p.mu * scale, g_w) * _rows(g_b, g_w)
+  return z_w.reshape(g_w.shape), g_b / p.q[..., 0]
 
 
 def apply(
@@ -119,10 +122,9 @@ def _scaled(scale: jax.Array, matrix: jax.Array, w: jax.Array) -> jax.Array:
   return (_column(scale, w) * matrix).reshape(w.shape)
 
 
-def _centred(p: Preconditioner, g_w: jax.Array, g_b: jax.Array) -> jax.Array:
-  """``g_w - mu g_b``, as a matrix."""
-  g_b = _matrix(jnp.broadcast_to(g_b[:, None, None, :], g_w.shape))
-  return _matrix(g_w) - _column(p.mu, g_w) * g_b
+def _rows(b: jax.Array, w: jax.Array) -> jax.Array:
+  """A number for each output, in each row of the matrix of ``w``."""
+  return _matrix(jnp.broadcast_to(b[:, None, None, :], w.shape))
 
 
 def _sum(v: jax.Array, matrix: jax.Array, w: jax.Array) -> jax.Array:
