@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 ROUNDS, CALLS = 40, 10
-WIDTH, OUTPUTS = 3072, 100
 
 
 def read_once(h: jax.Array) -> Any:
@@ -60,7 +59,14 @@ def sgd(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Upda
 
 
 def composed(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
-  """P after P^T: what the library does."""
+  """P after P^T, which scales and then centres: what the library does."""
+  root = jnp.sqrt(scale)
+  z = g_w * root[:, None] - (mu * root)[:, None] * g_b
+  return z * root[:, None], g_b - _product(mu * root, z)
+
+
+def centred_first(g_w: jax.Array, g_b: jax.Array, mu: jax.Array, scale: jax.Array) -> Update:
+  """The same, with the mean taken out before the scale."""
   root = jnp.sqrt(scale)
   z = (g_w - mu[:, None] * g_b) * root[:, None]
   return z * root[:, None], g_b - _product(mu * root, z)
@@ -127,15 +133,19 @@ def main() -> None:
   for shape in ((16, 3072), (60, 3072), (512, 3072), (3840, 64), (115200, 32)):
     h = jax.random.normal(jax.random.key(0), shape)
     print(f"| {shape[0]} x {shape[1]} |", microseconds({f.__name__: f for f in statistics}, h), "|")
-  forms = {f.__name__: step(f) for f in (sgd, composed, updated, summed, algebra)}
+  forms = {f.__name__: step(f) for f in (sgd, composed, centred_first, updated, summed, algebra)}
   forms["before_the_product"] = before_the_product
-  print("| batch |", " | ".join(forms), "|")
-  for batch in (1, 2, 16, 60, 512):
+  print("| kernel, batch |", " | ".join(forms), "|")
+  for width, outputs, batch in (
+    *((3072, 100, batch) for batch in (1, 2, 16, 60, 512)),
+    (2048, 2048, 60),
+  ):
     keys = jax.random.split(jax.random.key(0), 2)
-    h = jax.random.normal(keys[0], (batch, WIDTH)) + 1
-    g = jax.random.normal(keys[1], (batch, OUTPUTS))
-    w, b, mu, scale = (jnp.ones(s) for s in ((WIDTH, OUTPUTS), OUTPUTS, WIDTH, WIDTH))
-    print(f"| {batch} |", microseconds(forms, w, b, h, g, mu, scale), "|")
+    h = jax.random.normal(keys[0], (batch, width)) + 1
+    g = jax.random.normal(keys[1], (batch, outputs))
+    w, b, mu, scale = (jnp.ones(s) for s in ((width, outputs), outputs, width, width))
+    times = microseconds(forms, w, b, h, g, mu, scale)
+    print(f"| {width} x {outputs}, {batch} |", times, "|")
 
 
 if __name__ == "__main__":
