@@ -98,28 +98,33 @@ def _product(v: jax.Array, w: jax.Array) -> jax.Array:
 def step(precondition: Callable[..., Update]) -> Callable[..., Any]:
   """The end of a training step: the gradient of the weights, and the update."""
 
-  def take(w: Any, b: Any, h: Any, g: Any, mu: Any, scale: Any) -> Any:
+  def take(state: Any, h: Any, g: Any, mu: Any, scale: Any) -> Any:
+    w, b = state
     G_w, G_b = precondition(h.T @ g, g.sum(0), mu, scale)
     return w - 1e-3 * G_w, b - 1e-3 * G_b
 
   return take
 
 
-def before_the_product(w: Any, b: Any, h: Any, g: Any, mu: Any, scale: Any) -> Any:
+def before_the_product(state: Any, h: Any, g: Any, mu: Any, scale: Any) -> Any:
   """The preconditioner on the inputs, before they are multiplied with the outputs' gradient."""
+  w, b = state
   x = (h - mu) * scale
   return w - 1e-3 * (x.T @ g), b - 1e-3 * (g.sum(0) - (x @ mu) @ g)
 
 
-def microseconds(functions: dict[str, Callable[..., Any]], *args: Any) -> str:
-  """The median time of each, in turn."""
-  compiled = {name: jax.jit(f) for name, f in functions.items()}
+def microseconds(functions: dict[str, Callable[..., Any]], state: Any, *args: Any) -> str:
+  """The median time of each, in turn; where there is a state, it goes on from step to step."""
+  donated = () if state is None else (0,)
+  compiled = {name: jax.jit(f, donate_argnums=donated) for name, f in functions.items()}
+  states = {name: jax.tree.map(jnp.copy, state) for name in compiled}
   taken: dict[str, list[float]] = {name: [] for name in compiled}
   for number in range(ROUNDS + 2):
     for name, f in compiled.items():
       start = time.perf_counter()
       for _ in range(CALLS):
-        result = f(*args)
+        result = f(states[name], *args)
+        states[name] = None if state is None else result
       jax.block_until_ready(result)
       if number >= 2:
         taken[name].append((time.perf_counter() - start) / CALLS)
@@ -132,7 +137,8 @@ def main() -> None:
   print("| rows x features |", " | ".join(f.__name__ for f in statistics), "|")
   for shape in ((16, 3072), (60, 3072), (512, 3072), (3840, 64), (115200, 32)):
     h = jax.random.normal(jax.random.key(0), shape)
-    print(f"| {shape[0]} x {shape[1]} |", microseconds({f.__name__: f for f in statistics}, h), "|")
+    times = microseconds({f.__name__: lambda _, h, f=f: f(h) for f in statistics}, None, h)
+    print(f"| {shape[0]} x {shape[1]} |", times, "|")
   forms = {f.__name__: step(f) for f in (sgd, composed, centred_first, updated, summed, algebra)}
   forms["before_the_product"] = before_the_product
   print("| kernel, batch |", " | ".join(forms), "|")
@@ -144,7 +150,7 @@ def main() -> None:
     h = jax.random.normal(keys[0], (batch, width)) + 1
     g = jax.random.normal(keys[1], (batch, outputs))
     w, b, mu, scale = (jnp.ones(s) for s in ((width, outputs), outputs, width, width))
-    times = microseconds(forms, w, b, h, g, mu, scale)
+    times = microseconds(forms, (w, b), h, g, mu, scale)
     print(f"| {width} x {outputs}, {batch} |", times, "|")
 
 
