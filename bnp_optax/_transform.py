@@ -6,7 +6,6 @@ while tracing; a compiled step holds arithmetic alone.
 """
 
 from collections.abc import Callable, Iterable
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import optax
 
 from bnp_optax import _preconditioner
-from bnp_optax._layout import KernelLayout
 from bnp_optax._matching import (
   Layer,
   Layouts,
@@ -27,11 +25,7 @@ from bnp_optax._matching import (
   match_statistics,
 )
 from bnp_optax._preconditioner import Preconditioner
-from bnp_optax._statistics import LayerStatistics, accumulation_dtype
-
-_LayerMap = Callable[
-  [Preconditioner, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
-]
+from bnp_optax._statistics import accumulation_dtype
 
 
 class ScaleByBnpState(NamedTuple):
@@ -207,14 +201,45 @@ def advance_statistics(
   preconditioners = []
   nonfinite = state.nonfinite_count
   for layer, statistics in zip(layers, seen, strict=True):
+    shape = leaves[layer.kernel].shape
     mu, sigma2 = mean[layer.kernel], variance[layer.kernel]
+    dtype = mu.dtype
     # 1 - decay is taken before it is rounded: of 0.99 in float32, 1 % has lost a digit.
-    numbers = (jnp.asarray(x, mu.dtype) for x in (1 - decay, eps_relative, eps_absolute))
-    mean[layer.kernel], variance[layer.kernel], skipped, p = _advance_layer(
-      layer.layout, leaves[layer.kernel].shape, layer.bias is None, mu, sigma2, statistics, *numbers
+    one_minus_rho, eps_1, eps_2 = (
+      jnp.asarray(x, dtype) for x in (1 - decay, eps_relative, eps_absolute)
     )
-    nonfinite += skipped
-    preconditioners.append((layer, p))
+    statistics = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), statistics)
+    rows, examples = statistics.rows[..., None], jnp.maximum(statistics.examples, 1)[..., None]
+
+    if layer.bias is None:
+      # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
+      mu_H, sigma2_H, rows_H = jnp.zeros_like(mu), statistics.mean_square, jnp.zeros_like(rows)
+    else:
+      mu_H, sigma2_H, rows_H = statistics.mean, statistics.variance, rows
+    new_mu, new_sigma2 = _preconditioner.update_statistics(
+      mu, sigma2, mu_H, sigma2_H, rows_H, one_minus_rho
+    )
+
+    finite = jnp.all(jnp.isfinite(new_mu) & jnp.isfinite(new_sigma2), axis=-1, keepdims=True)
+    nonfinite += jnp.sum(~finite, dtype=jnp.int32)
+    mu = mean[layer.kernel] = jnp.where(finite, new_mu, mu)
+    sigma2 = variance[layer.kernel] = jnp.where(finite, new_sigma2, sigma2)
+
+    mu, sigma2 = (layer.layout.statistics_to_canonical(x, shape) for x in (mu, sigma2))
+    preconditioners.append(
+      (
+        layer,
+        _preconditioner.preconditioner(
+          mu,
+          sigma2,
+          layer.layout.window_size(shape),
+          layer.layout.scalars_to_canonical(examples),
+          layer.layout.scalars_to_canonical(rows / examples),
+          eps_1,
+          eps_2,
+        ),
+      )
+    )
   new_state = ScaleByBnpState(
     count=optax.safe_increment(state.count),
     input_mean=treedef.unflatten(mean),
@@ -224,70 +249,22 @@ def advance_statistics(
   return new_state, preconditioners
 
 
-# Jitted, so that layers of one shape are traced once.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _advance_layer(
-  layout: KernelLayout,
-  shape: tuple[int, ...],
-  uncentred: bool,
-  mu: jax.Array,
-  sigma2: jax.Array,
-  statistics: LayerStatistics,
-  one_minus_rho: jax.Array,
-  eps_1: jax.Array,
-  eps_2: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, Preconditioner]:
-  """The new mean and variance, how many entries of the stack were left out, and P."""
-  statistics = jax.tree.map(lambda x: x.astype(mu.dtype), statistics)
-  rows, examples = statistics.rows[..., None], jnp.maximum(statistics.examples, 1)[..., None]
-  if uncentred:
-    # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
-    mu_H, sigma2_H, rows_H = jnp.zeros_like(mu), statistics.mean_square, jnp.zeros_like(rows)
-  else:
-    mu_H, sigma2_H, rows_H = statistics.mean, statistics.variance, rows
-  new_mu, new_sigma2 = _preconditioner.update_statistics(
-    mu, sigma2, mu_H, sigma2_H, rows_H, one_minus_rho
-  )
-  finite = jnp.all(jnp.isfinite(new_mu) & jnp.isfinite(new_sigma2), axis=-1, keepdims=True)
-  mu, sigma2 = jnp.where(finite, new_mu, mu), jnp.where(finite, new_sigma2, sigma2)
-  p = _preconditioner.preconditioner(
-    layout.statistics_to_canonical(mu, shape),
-    layout.statistics_to_canonical(sigma2, shape),
-    layout.window_size(shape),
-    layout.scalars_to_canonical(examples),
-    layout.scalars_to_canonical(rows / examples),
-    eps_1,
-    eps_2,
-  )
-  return mu, sigma2, jnp.sum(~finite, dtype=jnp.int32), p
-
-
 def map_layers(
-  fn: _LayerMap,
+  fn: Callable[[Preconditioner, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]],
   preconditioners: Iterable[tuple[Layer, Preconditioner]],
   tree: optax.Updates,
 ) -> optax.Updates:
   """Applies ``fn(P, kernel, bias)`` to every layer of a tree, and leaves the other leaves alone."""
   leaves, treedef = flatten_masked(tree)
   for layer, p in preconditioners:
-    bias = None if layer.bias is None else leaves[layer.bias]
-    leaves[layer.kernel], bias = _map_layer(fn, layer.layout, p, leaves[layer.kernel], bias)
-    if layer.bias is not None:
-      leaves[layer.bias] = bias
+    kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
+    dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
+    w, b = layer.layout.to_canonical(
+      kernel.astype(dtype), None if bias is None else bias.astype(dtype)
+    )
+    p = Preconditioner(*(x.astype(dtype) for x in p))
+    w, b = layer.layout.from_canonical(*fn(p, w, b), kernel.shape)
+    for i, x in ((layer.kernel, w), (layer.bias, b)):
+      if i is not None and x is not None:
+        leaves[i] = x.astype(leaves[i].dtype)
   return treedef.unflatten(leaves)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _map_layer(
-  fn: _LayerMap,
-  layout: KernelLayout,
-  p: Preconditioner,
-  kernel: jax.Array,
-  bias: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
-  """The same for one layer; kernel and bias come back in their own dtypes."""
-  dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
-  w, b = layout.to_canonical(kernel.astype(dtype), None if bias is None else bias.astype(dtype))
-  w, b = fn(Preconditioner(*(x.astype(dtype) for x in p)), w, b)
-  w, b = layout.from_canonical(w, b, kernel.shape)
-  return w.astype(kernel.dtype), None if b is None or bias is None else b.astype(bias.dtype)
