@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 import numpy as np
 
 from bnp_optax.experiments.experiment import Experiment
@@ -126,6 +126,7 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
     # There is nothing to scale where no method has reached it.
     if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
       axes.set_yscale("log")
+      label_plainly(axes)
     axes.set_ylabel(f"{what} to {experiment.target:.0%} test accuracy")
   _legend(experiment, gathered, accuracy)
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
@@ -295,6 +296,13 @@ def _scale_loss(row: Iterable[Axes]) -> None:
     for axes in row:
       axes.set_yscale("log")
       axes.yaxis.set_major_formatter("{x:g}")
+
+
+def label_plainly(axes: Axes) -> None:
+  """Labels a logarithmic axis with 1, 2, 5, 10 and so on, as numbers and not as powers."""
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _line(axes: Axes, outcome: Outcome, values: np.ndarray, style: str) -> None:

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
 import numpy as np
 from rich.table import Table
 
@@ -122,7 +121,7 @@ def _draw_width(axes: Axes, measured: Measured) -> None:
       label = f"{method.label}, batch size {size}"
       _line(axes, line, label, method.colour, method.marker, style)
   axes.set(xlabel="width n", ylabel="time of a step, relative to SGD", yscale="log")
-  _ticks(axes)
+  figures.label_plainly(axes)
   axes.set_title("FC n-n-10", loc="left")
 
 
@@ -130,7 +129,7 @@ def _draw_image(axes: Axes, measured: Measured) -> None:
   line = [(cell.shape[0], record["relative_to_sgd"][methods.BNP.name]) for cell, record in measured]
   _line(axes, line, methods.BNP.label, methods.BNP.colour, methods.BNP.marker)
   axes.set(xlabel="height and width of an image", ylabel="time of a step, relative to SGD")
-  axes.set_ylim(bottom=0.9)
+  axes.set_ylim(bottom=0)
   axes.set_title(f"CNN, batch size {measured[0][0].batch_size}", loc="left")
 
 
@@ -145,14 +144,8 @@ def _draw_layers(axes: Axes, measured: Measured) -> None:
       label = f"{method.label}{', scanned' * scanned}"
       _line(axes, line, label, method.colour, method.marker, style)
   axes.set(xlabel="layers", ylabel="processor seconds to trace and compile", yscale="log")
-  _ticks(axes)
+  figures.label_plainly(axes)
   axes.set_title("dense layers of 32", loc="left")
-
-
-def _ticks(axes: Axes) -> None:
-  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-  axes.yaxis.set_major_formatter("{x:g}")
-  axes.yaxis.set_minor_locator(NullLocator())
 
 
 _PANELS = {
