@@ -176,7 +176,6 @@ VIT = Experiment(
   scales={
     "smoke": SMOKE | {"images": 100},
     "laptop": {
-      "rates": (0.0003, 0.001, 0.003, 0.01, 0.03),
       "epochs": 4,
       "seeds": 2,
       "images": 8_000,
@@ -191,7 +190,7 @@ LANGUAGE_MODEL = dataclasses.replace(
   title="Transformer that predicts the next character of Python's language reference",
   network=transformers.LanguageModel(),
   dataset="pydoc",
-  scales={**VIT.scales, "laptop": {**VIT.scales["laptop"], "images": None}},
+  scales={**VIT.scales, "laptop": {**VIT.scales["laptop"], "rates": VIT.rates[1:], "images": None}},
 )
 
 FIRST = (QUICKSTART, OPTIMIZERS)
