@@ -1,0 +1,74 @@
+"""Why bnp(Adam) falls behind Adam in a transformer without LayerNorm: what does not explain it.
+
+The network of `bnp-optax run language-model` without LayerNorm, at batch size 4, two epochs, one
+seed: bnp(Adam) with a shorter and a longer memory and with larger epsilons, against Adam, on
+training sequences that are held out.
+
+python docs/without_layernorm.py    (three minutes)
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+
+import bnp_optax
+from bnp_optax.experiments import data, methods, training
+from bnp_optax.experiments.registry import EXPERIMENTS
+
+EPOCHS, BATCH_SIZE, SEED = 2, 4, 0
+SETTINGS = (
+  (),
+  (("decay", 0.9),),
+  (("decay", 0.999),),
+  (("eps_relative", 0.1),),
+  (("eps_relative", 1.0),),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Set(methods.Method):
+  """bnp(Adam) with other arguments than the paper's."""
+
+  arguments: tuple[tuple[str, float], ...] = ()
+
+  def make_optimizer(
+    self, rate: methods.Rate, layers: bnp_optax.linen.Layers
+  ) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for a learning rate and the layers of a network."""
+    return bnp_optax.bnp(self.optimizer(rate), layers=layers, **dict(self.arguments))
+
+
+def main() -> None:
+  """Prints accuracy on held-out sequences after each epoch, in %."""
+  dataset = data.load("pydoc")
+  order = np.random.default_rng(SEED).permutation(len(dataset.y_train))
+  count = len(order) * 9 // 10
+  train, held_out = (
+    jax.device_put((dataset.x_train[rows], dataset.y_train[rows]))
+    for rows in (order[:count], order[count:])
+  )
+
+  def report(name: str, method: methods.Method, rate: float) -> None:
+    experiment = EXPERIMENTS["language-model"]
+    setup = experiment.setup(method, BATCH_SIZE, count, dataset.classes)
+    lanes = training.make_lanes([SEED], [rate])
+    state = training.init(setup, lanes, train[0])
+    accuracy = []
+    for epoch in range(1, EPOCHS + 1):
+      state, _ = training.train_epoch(
+        *(setup, state, lanes, epoch, *train), on_steps=lambda steps: None
+      )
+      accuracy.append(100 * training.evaluate(setup, state, *held_out).accuracy[0])
+    print(f"{name}, rate {rate:g}: {' '.join(f'{x:.1f}' for x in accuracy)}")
+
+  report("Adam", methods.ADAM, 0.001)
+  for arguments in SETTINGS:
+    name = f"bnp(Adam) {dict(arguments) or ''}"
+    for rate in (0.001, 0.003):
+      report(name, Set(name, name, "", "", optax.adam, arguments=arguments), rate)
+
+
+if __name__ == "__main__":
+  main()
