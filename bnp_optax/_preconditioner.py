@@ -69,11 +69,10 @@ def apply_transpose(
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P^T``: from the gradient with respect to theta to the gradient with respect to z."""
   scale = 1 / (p.sigma * p.q)
-  z_w = _column(scale, g_w) * _matrix(g_w)
   if g_b is None:
-    return z_w.reshape(g_w.shape), None
+    return _scaled(scale, g_w), None
   # Scaled, then centred: in the other order XLA makes z_w twice, and g_w has to stay beside it.
-  z_w -= _column(p.mu * scale, g_w) * _rows(g_b, g_w)
+  z_w = _column(scale, g_w) * _matrix(g_w) - _column(p.mu * scale, g_w) * _rows(g_b, g_w)
   return z_w.reshape(g_w.shape), g_b / p.q[..., 0]
 
 
@@ -81,21 +80,21 @@ def apply(
   p: Preconditioner, z_w: jax.Array, z_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P``: from a step in z to the step in theta."""
-  scale, z = 1 / (p.sigma * p.q), _matrix(z_w)
-  d_w = _scaled(scale, z, z_w)
+  scale = 1 / (p.sigma * p.q)
+  d_w = _scaled(scale, z_w)
   if z_b is None:
     return d_w, None
-  return d_w, z_b / p.q[..., 0] - _sum(p.mu * scale, z, z_w)
+  return d_w, z_b / p.q[..., 0] - _sum(p.mu * scale, z_w)
 
 
 def apply_inverse(
   p: Preconditioner, w: jax.Array, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
   """``P^-1``: from the parameters theta to z."""
-  z_w = _scaled(p.sigma * p.q, _matrix(w), w)
+  z_w = _scaled(p.sigma * p.q, w)
   if b is None:
     return z_w, None
-  return z_w, p.q[..., 0] * (b + _sum(p.mu, _matrix(w), w))
+  return z_w, p.q[..., 0] * (b + _sum(p.mu, w))
 
 
 def precondition(
@@ -118,8 +117,8 @@ def _column(v: jax.Array, w: jax.Array) -> jax.Array:
   return jnp.broadcast_to(v, w.shape[:-1]).reshape(-1, 1)
 
 
-def _scaled(scale: jax.Array, matrix: jax.Array, w: jax.Array) -> jax.Array:
-  return (_column(scale, w) * matrix).reshape(w.shape)
+def _scaled(scale: jax.Array, w: jax.Array) -> jax.Array:
+  return (_column(scale, w) * _matrix(w)).reshape(w.shape)
 
 
 def _rows(b: jax.Array, w: jax.Array) -> jax.Array:
@@ -127,10 +126,10 @@ def _rows(b: jax.Array, w: jax.Array) -> jax.Array:
   return _matrix(jnp.broadcast_to(b[:, None, None, :], w.shape))
 
 
-def _sum(v: jax.Array, matrix: jax.Array, w: jax.Array) -> jax.Array:
+def _sum(v: jax.Array, w: jax.Array) -> jax.Array:
   """``sum v w`` over window and features; with the mean for ``v``, what weights make of it."""
   stack = len(w)
-  v, matrix = _column(v, w).reshape(stack, -1), matrix.reshape(stack, -1, w.shape[-1])
+  v, matrix = _column(v, w).reshape(stack, -1), w.reshape(stack, -1, w.shape[-1])
   return jnp.einsum("sk,sko->so", v, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
