@@ -4,7 +4,7 @@ The network of `bnp-optax run language-model` without LayerNorm, at batch size 4
 seed: bnp(Adam) with a shorter and a longer memory and with larger epsilons, against Adam, on
 training sequences that are held out.
 
-python docs/without_layernorm.py    (three minutes)
+python docs/without_layernorm.py    (two minutes)
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SETTINGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Set(methods.Method):
+class WithArguments(methods.Method):
   """bnp(Adam) with other arguments than the paper's."""
 
   arguments: tuple[tuple[str, float], ...] = ()
@@ -67,7 +67,8 @@ def main() -> None:
   for arguments in SETTINGS:
     name = f"bnp(Adam) {dict(arguments) or ''}"
     for rate in (0.001, 0.003):
-      report(name, Set(name, name, "", "", optax.adam, arguments=arguments), rate)
+      method = WithArguments(name, name, "", "", optax.adam, arguments=arguments)
+      report(name, method, rate)
 
 
 if __name__ == "__main__":

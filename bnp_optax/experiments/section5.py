@@ -306,20 +306,28 @@ def _searched(method: methods.Method) -> methods.Method:
   Not the weight decay: a few epochs do not tell 1e-4 from 1.5e-4. It is the latter, for all that
   are searched.
   """
-  variants = tuple(
-    dataclasses.replace(
+  others = tuple((key, value) for key, value in method.network if key != "init_scale")
+
+  def variant(scale: float, norm: models.Norm, reading: str = "") -> methods.Method:
+    setting = f"initial scale {scale:g}{reading}"
+    return dataclasses.replace(
       method,
       name=f"{method.name}, {setting}",
       label=setting,
       norm=norm,
       weight_decay=1.5e-4,
-      network=(*((k, v) for k, v in method.network if k != "init_scale"), ("init_scale", scale)),
+      network=(*others, ("init_scale", scale)),
     )
-    for norm, reading in ((models.group_norm, ""), (_group_of_4, ", 4 channels a group"))
-    for scale in (1.0, 0.1)
-    for setting in (f"initial scale {scale:g}{reading}",)
+
+  return dataclasses.replace(
+    method,
+    variants=(
+      variant(1.0, models.group_norm),
+      variant(0.1, models.group_norm),
+      variant(1.0, _group_of_4, ", 4 channels a group"),
+      variant(0.1, _group_of_4, ", 4 channels a group"),
+    ),
   )
-  return dataclasses.replace(method, variants=variants)
 
 
 _RESNET_CLAIMS = (
