@@ -219,7 +219,7 @@ def measure(cell: Cell, seconds: float) -> Record:
     `seconds`, a step of each method in each round; `relative_to_sgd`, the same as ratios within the
     round; and `programs`, what is known of each method's compiled step.
   """
-  steps = {method.name: _Step(cell, method) for method in cell.methods}
+  steps = {method.name: Step(cell, method) for method in cell.methods}
   rounds, end = [], time.perf_counter() + seconds
   while len(rounds) < _FEWEST_ROUNDS or time.perf_counter() < end:
     rounds.append({name: step.sample() for name, step in steps.items()})
@@ -232,15 +232,17 @@ def measure(cell: Cell, seconds: float) -> Record:
   }
 
 
-class _Step:
+class Step:
   """The compiled training step of one method, and where its training has got to.
 
   Attributes:
+    compiled: The compiled step.
     program: Processor seconds to trace and to compile it, the operations and bytes that the
       compiler counts, the most memory it holds at a time, and the bytes of the optimizer's state.
   """
 
   def __init__(self, cell: Cell, method: Method) -> None:
+    """Compiles the step of a method on the network and the batch of a cell."""
     model = method.adapt(cell.network)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(size=(cell.batch_size, *cell.shape)), jnp.float32)
@@ -259,7 +261,7 @@ class _Step:
     start = time.process_time()
     lowered = take_step.lower(self._state, *self._batch)
     traced = time.process_time()
-    compiled = lowered.compile()
+    self.compiled = compiled = lowered.compile()
     compile_seconds = time.process_time() - traced
     counted: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()

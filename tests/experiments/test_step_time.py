@@ -67,7 +67,7 @@ def test_the_compiler_counts_more_for_bnp_than_for_sgd(measured):
 
 
 def test_a_sample_takes_training_steps():
-  step = step_time._Step(CELL, methods.BNP)
+  step = step_time.Step(CELL, methods.BNP)
   step._count = 3
   before = int(step._state[-1][0].count)
   step.sample()
