@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import optax
 
@@ -32,9 +31,9 @@ class BnpState(NamedTuple):
 
 def bnp(
   inner: optax.GradientTransformation,
-  decay: chex.Numeric = 0.99,
-  eps_relative: chex.Numeric = 1e-2,
-  eps_absolute: chex.Numeric = 1e-4,
+  decay: jax.typing.ArrayLike = 0.99,
+  eps_relative: jax.typing.ArrayLike = 1e-2,
+  eps_absolute: jax.typing.ArrayLike = 1e-4,
   *,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:

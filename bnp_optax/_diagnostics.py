@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,8 +104,8 @@ def diagnose(
   state: Any,
   stats: Any,
   *,
-  eps_relative: chex.Numeric = 1e-2,
-  eps_absolute: chex.Numeric = 1e-4,
+  eps_relative: jax.typing.ArrayLike = 1e-2,
+  eps_absolute: jax.typing.ArrayLike = 1e-4,
   layers: Layouts | None = None,
 ) -> Diagnostics:
   r"""Says how each layer fares, from BNP's state and the statistics of one batch.

@@ -7,7 +7,6 @@ dozen passes over the mean and variance.
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,8 +23,8 @@ def layer_values(
   mean: jax.Array,
   variance: jax.Array,
   seen: LayerStatistics | None,
-  eps_1: chex.Numeric,
-  eps_2: chex.Numeric,
+  eps_1: jax.typing.ArrayLike,
+  eps_2: jax.typing.ArrayLike,
 ) -> dict[str, jax.Array]:
   """The fields of `Diagnostics` for one layer, a scalar each; see there."""
   layout, bias = layer.layout, layer.bias is not None

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -49,9 +48,9 @@ class ScaleByBnpState(NamedTuple):
 
 
 def scale_by_bnp(
-  decay: chex.Numeric = 0.99,
-  eps_relative: chex.Numeric = 1e-2,
-  eps_absolute: chex.Numeric = 1e-4,
+  decay: jax.typing.ArrayLike = 0.99,
+  eps_relative: jax.typing.ArrayLike = 1e-2,
+  eps_absolute: jax.typing.ArrayLike = 1e-4,
   *,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,7 +145,9 @@ def scale_by_bnp(
 
 
 def check_hyperparameters(
-  decay: chex.Numeric, eps_relative: chex.Numeric, eps_absolute: chex.Numeric
+  decay: jax.typing.ArrayLike,
+  eps_relative: jax.typing.ArrayLike,
+  eps_absolute: jax.typing.ArrayLike,
 ) -> None:
   """Raises ValueError for values out of range, as far as they are known while tracing."""
   for name, value, top in (
@@ -155,7 +156,7 @@ def check_hyperparameters(
     ("eps_absolute", eps_absolute, math.inf),
   ):
     try:
-      in_range = 0 <= float(value) < top
+      in_range = 0 <= float(value) < top  # pyright: ignore[reportArgumentType]
     except jax.errors.ConcretizationTypeError:
       continue  # A traced value, as inject_hyperparams passes.
     if not in_range:
@@ -186,9 +187,9 @@ def advance_statistics(
   state: ScaleByBnpState,
   stats: Any,
   layouts: Layouts | None,
-  decay: chex.Numeric,
-  eps_relative: chex.Numeric,
-  eps_absolute: chex.Numeric,
+  decay: jax.typing.ArrayLike,
+  eps_relative: jax.typing.ArrayLike,
+  eps_absolute: jax.typing.ArrayLike,
 ) -> tuple[ScaleByBnpState, list[tuple[Layer, Preconditioner]]]:
   """Steps 2 and 3 for every layer: the new running statistics and the preconditioners they give."""
   check_state(state, ScaleByBnpState)
