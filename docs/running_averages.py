@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from bnp_optax.experiments import data, methods, training
+from bnp_optax.experiments.evaluation import evaluate
 from bnp_optax.experiments.registry import EXPERIMENTS
 
 EPOCHS, BATCH_SIZE, AVERAGED_OVER, MOMENTUM = 20, 60, 20_000, 0.99
@@ -46,8 +47,8 @@ def main() -> None:
       params, model_state = jax.tree.map(lambda x: x[0], state[:2])
       now = averages(params, model_state, train[0][:AVERAGED_OVER])
       there = state._replace(model_state=jax.tree.map(lambda x: x[None], now))
-      late.append(100 * training.evaluate(setup, state, *test).accuracy[0])
-      exact.append(100 * training.evaluate(setup, there, *test).accuracy[0])
+      late.append(100 * evaluate(setup, state, *test).accuracy[0])
+      exact.append(100 * evaluate(setup, there, *test).accuracy[0])
     for name, values in (("running averages", late), ("averages of the moment", exact)):
       print(f"rate {rate:g}, {name}: {' '.join(f'{x:.1f}' for x in values)}")
       print(

@@ -15,7 +15,8 @@ import numpy as np
 
 from bnp_optax.experiments import methods
 from bnp_optax.experiments.models import MLP
-from bnp_optax.experiments.step_time import Cell, Step
+from bnp_optax.experiments.step_time import Step
+from bnp_optax.experiments.step_time_cells import Cell
 
 BATCHES, SAMPLES, SMALL = (1, 16, 60), 5, 2.0
 

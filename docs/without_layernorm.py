@@ -15,6 +15,7 @@ import optax
 
 import bnp_optax
 from bnp_optax.experiments import data, methods, training
+from bnp_optax.experiments.evaluation import evaluate
 from bnp_optax.experiments.registry import EXPERIMENTS
 
 EPOCHS, BATCH_SIZE, SEED = 2, 4, 0
@@ -60,7 +61,7 @@ def main() -> None:
       state, _ = training.train_epoch(
         *(setup, state, lanes, epoch, *train), on_steps=lambda steps: None
       )
-      accuracy.append(100 * training.evaluate(setup, state, *held_out).accuracy[0])
+      accuracy.append(100 * evaluate(setup, state, *held_out).accuracy[0])
     print(f"{name}, rate {rate:g}: {' '.join(f'{x:.1f}' for x in accuracy)}")
 
   report("Adam", methods.ADAM, 0.001)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import time
 
 import flax.linen as nn
 import hypothesis
@@ -173,7 +172,7 @@ def test_layers_of_another_model(everything):
     bnp_optax.scale_by_bnp(layers=everything).init({"conv": {"kernel": jnp.ones((3, 2))}})
 
 
-def test_hundreds_of_layers_take_seconds():
+def test_hundreds_of_layers():
   class Deep(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -181,11 +180,9 @@ def test_hundreds_of_layers_take_seconds():
         x = nn.Dense(1024)(x)
       return x
 
-  start = time.perf_counter()
   layers = bnp_optax.linen.layers(Deep(), jax.ShapeDtypeStruct((8, 1024), jnp.float32))
   assert len(layers) == 300
   assert len(str(layers).splitlines()) == 303
-  assert time.perf_counter() - start < 30
 
 
 # Proposition 10.

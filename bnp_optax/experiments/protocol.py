@@ -23,6 +23,7 @@ from sklearn.model_selection import train_test_split
 from bnp_optax.experiments import selection, timing, training, unit_conditioning
 from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.data import DataSet
+from bnp_optax.experiments.evaluation import evaluate
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.methods import SGD, Method
 from bnp_optax.experiments.results import Record, Results
@@ -170,7 +171,7 @@ class Run:
       ended = epoch == length or bool(diverged.all())
       outcome = {}
       if ended:
-        evaluation = training.evaluate(setup, state, *self._held_out)
+        evaluation = evaluate(setup, state, *self._held_out)
         diverged |= ~np.isfinite(evaluation.loss)
         outcome = {"accuracy": evaluation.accuracy.tolist(), "loss": evaluation.loss.tolist()}
       if epoch > len(done):
@@ -210,7 +211,7 @@ class Run:
     for epoch, state, loss in self._epochs(setup, settings, lanes, length, done):
       # Killed after the record and before the checkpoint, a run does this epoch once more.
       if epoch > done:
-        accuracy = training.evaluate(setup, state, *self._test).accuracy
+        accuracy = evaluate(setup, state, *self._test).accuracy
         self._results.append(
           settings
           | {"epoch": epoch, "steps": setup.steps}

@@ -10,6 +10,7 @@ import pytest
 
 from bnp_optax.experiments import data, imagenet, training
 from bnp_optax.experiments.__main__ import main
+from bnp_optax.experiments.evaluation import evaluate
 from bnp_optax.experiments.experiment import SCALES
 from bnp_optax.experiments.registry import EXPERIMENTS
 
@@ -99,9 +100,7 @@ def test_what_cannot_be_had_takes_real_steps_on_files_of_its_format(
     *(setup, state, lanes, 1, images, dataset.y_train[rows]), on_steps=lambda steps: None
   )
   assert np.isfinite(loss).all()
-  evaluation = training.evaluate(
-    setup, state, dataset.x_test.take(rows, axis=0), dataset.y_test[rows]
-  )
+  evaluation = evaluate(setup, state, dataset.x_test.take(rows, axis=0), dataset.y_test[rows])
   assert np.isfinite(evaluation.loss).all()
   full = paper.setup(paper.methods[0], 4, 8, dataset.classes).model
   shapes = jax.eval_shape(

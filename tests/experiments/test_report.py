@@ -7,11 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from bnp_optax.experiments import methods, report, step_time, step_time_report
+from bnp_optax.experiments import methods, report, step_time_report
 from bnp_optax.experiments.__main__ import main, recorded
 from bnp_optax.experiments.outcomes import Outcome, plateau
 from bnp_optax.experiments.registry import EXPERIMENTS
 from bnp_optax.experiments.results import FILE, read_results
+from bnp_optax.experiments.step_time_cells import cells
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "notebooks" / "results"
@@ -113,7 +114,7 @@ def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatc
 
 def test_the_page_on_performance_holds_the_tables_of_the_committed_times():
   results = read_results(RESULTS / "step-time-laptop")
-  measured = [(cell, results.find(**cell.settings)[-1]) for cell in step_time.cells("laptop")]
+  measured = [(cell, results.find(**cell.settings)[-1]) for cell in cells("laptop")]
   page = (ROOT / "docs" / "performance.md").read_text()
   for _, markdown in step_time_report.tables(measured):
     assert markdown in page, "Run: bnp-optax figure step-time, and copy its tables."

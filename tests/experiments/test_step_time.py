@@ -13,12 +13,13 @@ from bnp_optax.experiments import methods, step_time
 from bnp_optax.experiments.__main__ import main
 from bnp_optax.experiments.models import MLP
 from bnp_optax.experiments.results import FILE
+from bnp_optax.experiments.step_time_cells import Cell, Stack, cells
 
 # Adam's bias correction promotes int32 to float.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-CELL = step_time.Cell("batch", MLP((5,)), (4,), 2, (methods.SGD, methods.BNP))
-SCANNED = step_time.Cell("layers", step_time.Stack(3, True, width=4), (4,), 2, (methods.SGD,))
+CELL = Cell("batch", MLP((5,)), (4,), 2, (methods.SGD, methods.BNP))
+SCANNED = Cell("layers", Stack(3, True, width=4), (4,), 2, (methods.SGD,))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_a_sample_takes_training_steps():
 def test_a_scanned_stack_is_one_layer_of_the_program():
   images = jax.ShapeDtypeStruct((2, 4), "float32")
   for scanned, kernels in ((True, 3), (False, 5)):
-    model = step_time.Stack(3, scanned, width=4)
+    model = Stack(3, scanned, width=4)
     layers = bnp_optax.linen.layers(model, images, train=False, strict=True)
     assert len(layers) == kernels
   times = step_time.measure(SCANNED, seconds=0.0)["seconds"]["sgd"]
@@ -91,9 +92,9 @@ def test_a_scanned_stack_is_one_layer_of_the_program():
 
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
 def test_every_cell_is_another_one_and_has_sgd_first(scale):
-  settings = [json.dumps(cell.settings) for cell in step_time.cells(scale)]
+  settings = [json.dumps(cell.settings) for cell in cells(scale)]
   assert len(set(settings)) == len(settings)
-  assert all(cell.methods[:1] == (methods.SGD,) for cell in step_time.cells(scale))
+  assert all(cell.methods[:1] == (methods.SGD,) for cell in cells(scale))
 
 
 def test_runs_goes_on_and_draws(small, tmp_path, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bnp_optax.experiments import methods, training
+from bnp_optax.experiments.evaluation import evaluate
 from bnp_optax.experiments.models import CNN, MLP
 
 BATCH_SIZE = 8
@@ -44,7 +45,7 @@ def test_learns(method, images):
   setup = _setup(method, images)
   state, losses = _train(setup, [1, 2, 3], [0.05, 0.1, 0.1], images, epochs=20)
   assert np.all(losses[-1] < losses[0])
-  evaluation = training.evaluate(setup, state, *images)
+  evaluation = evaluate(setup, state, *images)
   assert np.all(evaluation.accuracy > 0.9)
   assert np.all(evaluation.loss < 0.6)
 
@@ -85,7 +86,7 @@ def test_evaluates_more_images_than_fit_at_once(images):
   setup = _setup(methods.SGD, images)
   state, _ = _train(setup, [1, 2, 3], [0.1, 0.2, 0.3], images)
   many = jnp.tile(images[0], (43, 1, 1)), jnp.tile(images[1], 43)
-  few, all_ = training.evaluate(setup, state, *images), training.evaluate(setup, state, *many)
+  few, all_ = evaluate(setup, state, *images), evaluate(setup, state, *many)
   np.testing.assert_allclose(few.accuracy, all_.accuracy)
   np.testing.assert_allclose(few.loss, all_.loss, rtol=1e-6)
 
@@ -93,7 +94,7 @@ def test_evaluates_more_images_than_fit_at_once(images):
 def test_divergence_is_chance_and_not_a_crash(images):
   setup = _setup(methods.SGD, images)
   state, losses = _train(setup, [1, 2, 3], [1e30, 0.1, 0.1], images)
-  evaluation = training.evaluate(setup, state, *images)
+  evaluation = evaluate(setup, state, *images)
   assert not np.isfinite(losses[-1, 0])
   assert not np.isfinite(evaluation.loss[0])
   assert evaluation.accuracy[0] == 0.5
