@@ -1,8 +1,8 @@
 """What a layer's running statistics and those of one batch say about its conditioning.
 
 A layer's Gram matrix is modelled with uncorrelated features: a diagonal matrix plus one of rank
-one, whose extreme eigenvalues are roots of a scalar equation. So nothing here costs more than a few
-dozen passes over the mean and variance.
+one, whose extreme eigenvalues are roots of a scalar equation. So all of it costs a few
+hundred passes over the mean and variance.
 """
 
 from typing import Any

@@ -50,7 +50,7 @@ def optax_steps(tx: optax.GradientTransformation, params: Any, x: Any, y: Any) -
 
 
 def kfac_steps(params: Any, x: Any, y: Any) -> Callable[[], Any]:
-  """A function that takes steps of K-FAC, with its own defaults."""
+  """A function that takes steps of K-FAC, with rate, momentum and damping adapted by itself."""
   # Here, so that the documentation can be collected where it is not installed.
   import kfac_jax  # pyright: ignore[reportMissingImports]
 

@@ -30,6 +30,7 @@ class Outcome:
     conditioning: The condition numbers that `unit_conditioning.trace` gives; empty if they were not
       measured.
     variant: Which variant of the method was chosen; empty if it has none.
+    decays: After which epochs the learning rate was divided by ten.
   """
 
   method: Method
@@ -44,6 +45,7 @@ class Outcome:
   relative_times: np.ndarray
   conditioning: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   variant: str = ""
+  decays: tuple[int, ...] = ()
 
   @property
   def at_edge(self) -> bool:
@@ -59,6 +61,12 @@ class Outcome:
   def early(self) -> np.ndarray:
     """Mean test accuracy over the first third of the epochs, of each seed."""
     return self.test_accuracy[: -(-len(self.test_accuracy) // 3)].mean(axis=0)
+
+  @property
+  def gain(self) -> np.ndarray:
+    """How much test accuracy each seed gains from the first decay of the learning rate on."""
+    before = min((*self.decays, len(self.test_accuracy)))
+    return self.final - self.test_accuracy[before - 1]
 
   def first_epoch(self, accuracy: float) -> float:
     """The epoch after which the mean over the seeds reaches an accuracy; infinite if none."""

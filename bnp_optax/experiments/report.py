@@ -43,6 +43,7 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
           np.array(measured["relative_to_sgd"].get(method.name, []), float),
           _conditioning(experiment, results, variant, batch_size, choice["rate"]),
           variant.label if method.variants else "",
+          experiment.decays,
         )
       )
   return gathered

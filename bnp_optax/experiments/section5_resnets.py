@@ -8,7 +8,7 @@ import dataclasses
 import functools
 
 from bnp_optax.experiments import methods, models, resnet
-from bnp_optax.experiments.claims import Claim, better, comparable
+from bnp_optax.experiments.claims import Claim, better, comparable, gains_more
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.section5 import SMOKE
 
@@ -117,7 +117,10 @@ FIG6_LEFT = Experiment(
   claims=(
     *_RESNET_CLAIMS,
     Claim("BNP + GroupNorm ends where BatchNorm does", comparable("bnp_groupnorm", "batchnorm")),
-    Claim("BNP alone gains less from the decay", better("batchnorm", "bnp")),
+    Claim("BNP alone gains less from the decay than BatchNorm", gains_more("batchnorm", "bnp")),
+    Claim("BNP + GroupNorm gains more from it than BNP", gains_more("bnp_groupnorm", "bnp")),
+    Claim("BNP is faster than BatchNorm before the decay", better("bnp", "batchnorm", early=True)),
+    Claim("BNP alone ends below BatchNorm", better("batchnorm", "bnp")),
   ),
 )
 FIG6_LEFT = dataclasses.replace(

@@ -1,5 +1,7 @@
 """The rules by which claims hold, on outcomes made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,17 @@ def test_verdicts(judge, verdict, measured):
   judgement = judge([BNP, SGD, BATCHNORM])
   assert judgement.verdict == verdict
   assert measured in judgement.measured
+
+
+def test_gains_are_counted_from_the_first_decay():
+  before, after = [[30, 32]] * 4, [[50, 51], [52, 53]]
+  bnp = dataclasses.replace(_outcome(methods.BNP, before + after), decays=(4, 5))
+  sgd = dataclasses.replace(_outcome(methods.SGD, after + before), decays=(4, 5))
+  much = claims.gains_more("bnp", "sgd")([bnp, sgd])
+  assert much == ("holds", "BNP 21.5 (21.0–22.0), SGD 0.0 (0.0–0.0)")
+  assert claims.gains_more("sgd", "bnp")([bnp, sgd]).verdict == "does not hold"
+  never = [dataclasses.replace(outcome, decays=(80, 120)) for outcome in (bnp, sgd)]
+  assert claims.gains_more("bnp", "sgd")(never).verdict == "within the spread"
 
 
 def test_a_method_is_steady_if_its_batch_size_does_not_matter():
