@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from bnp_optax import conditioning, linen
+from bnp_optax import conditioning, linen, normalization
 from bnp_optax._coordinates import BnpState, bnp
 from bnp_optax._statistics import LayerStatistics
 from bnp_optax._transform import ScaleByBnpState, scale_by_bnp
@@ -32,5 +32,6 @@ __all__ = [
   "conditioning",
   "linen",
   "nnx",
+  "normalization",
   "scale_by_bnp",
 ]

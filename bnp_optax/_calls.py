@@ -15,11 +15,12 @@ import math
 from typing import Any
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import AxisName, LayerStatistics, layer_statistics
+from bnp_optax._statistics import AxisName, LayerStatistics, NoStatistics, layer_statistics
 
 # Part of the key of every cache of traced functions: what was traced without statistics, or with
 # other ones, must be traced anew.
@@ -43,6 +44,36 @@ def recording(reporter: contextvars.ContextVar[Any], value: Any, key: Hashable) 
     reporter.reset(token)
 
 
+def as_mask(mask: jax.typing.ArrayLike | None) -> jax.Array | None:
+  """A mask as booleans."""
+  return None if mask is None else jnp.asarray(mask).astype(bool)
+
+
+def mask_key(mask: jax.Array | None) -> Hashable:
+  """What tells a mask from others: it is a constant of what is traced under it."""
+  if mask is None:
+    return None
+  return object() if isinstance(mask, Tracer) else (mask.shape, np.asarray(mask).tobytes())
+
+
+def sow(
+  module: Any, collection: Any, call: "Call", seen: Any, merge: Callable[[Any, Any], Any]
+) -> None:
+  """Sows what was seen of a call beside its kernel, merged with what was sown there before."""
+  module.sow(
+    collection,
+    statistics_name(call.kernel),
+    seen,
+    init_fn=lambda: None,
+    reduce_fn=lambda old, new: new if old is None else merge(old, new),
+  )
+
+
+def statistics_name(kernel: str) -> str:
+  """The name under which what a layer saw is sown beside its kernel."""
+  return "layer_statistics" if kernel == "kernel" else f"layer_statistics_{kernel}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
   """What a layer was given, and the layout of the kernel that it was multiplied by.
@@ -54,6 +85,7 @@ class Call:
     rows: the number of rows of ``H``; None if it is the number of leading positions.
     kernel: the name of the kernel's leaf.
     problem: why BNP is not defined for this call, or empty.
+    batched: False for the map of a convolution alone: its first axis counts no examples.
   """
 
   layout: KernelLayout
@@ -62,6 +94,11 @@ class Call:
   rows: int | None = None
   kernel: str = "kernel"
   problem: str = ""
+  batched: bool = True
+
+  def example_shape(self, example_axes: int) -> tuple[int, ...]:
+    """The sizes of the leading axes that count examples, of ``example_axes`` in a batch."""
+    return self.leading[: max(0, example_axes - (not self.batched))]
 
   @property
   def leading(self) -> tuple[int, ...]:
@@ -110,7 +147,8 @@ def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array)
     h, stack = _dilated(inputs, _per_axis(layer.input_dilation, window)), 0
     if exact_windows:
       h = _windows(layer, inputs, channel_major=False)
-  return [Call(layout, h, stack, rows, problem=_masked_weights(layer))]
+  batched = inputs.ndim > window + 1
+  return [Call(layout, h, stack, rows, problem=_masked_weights(layer), batched=batched)]
 
 
 def conv_transpose(
@@ -123,12 +161,13 @@ def conv_transpose(
   layout = dataclasses.replace(KernelLayout.by_convention(window + 2), exact_windows=exact_windows)
   if layer.transpose_kernel:
     layout = dataclasses.replace(layout, feature=layout.output, output=layout.feature)
-  problem = _masked_weights(layer)
   if exact_windows:
-    return [Call(layout, _transposed_windows(layer, inputs), problem=problem)]
-  h = _dilated(inputs, _per_axis(layer.strides, window))
-  rows = math.prod(outputs.shape[:-1])
-  return [Call(layout, h, rows=rows, problem=problem)]
+    h, rows = _transposed_windows(layer, inputs), None
+  else:
+    h = _dilated(inputs, _per_axis(layer.strides, window))
+    rows = math.prod(outputs.shape[:-1])
+  batched = inputs.ndim > window + 1
+  return [Call(layout, h, rows=rows, problem=_masked_weights(layer), batched=batched)]
 
 
 def einsum(
@@ -183,7 +222,11 @@ def read(
   inputs = jnp.asarray(next(iter(arguments.values())))
   # Among what else a layer may be given, only this changes the meaning of its kernel.
   options = {k: v for k, v in arguments.items() if k == "einsum_str"}
-  return reader(layer, outputs, exact_windows, inputs, **options)
+  calls = reader(layer, outputs, exact_windows, inputs, **options)
+  if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
+    problem = f"BNP is defined for real inputs, found {inputs.dtype}"
+    return [dataclasses.replace(call, problem=problem) for call in calls]
+  return calls
 
 
 def call_statistics(
@@ -192,7 +235,7 @@ def call_statistics(
   example_axes: int,
   mask: jax.Array | None,
   axis_name: AxisName | None,
-) -> LayerStatistics:
+) -> LayerStatistics | NoStatistics:
   """The statistics of one call of the layer called ``name``.
 
   Args:
@@ -203,27 +246,30 @@ def call_statistics(
     axis_name: the mapped axes that the batch is split over; None if it is whole.
 
   Returns:
-    The statistics, with the kernel's name and layout.
+    The statistics, with the kernel's name and layout; or why there are none.
 
   Raises:
-    ValueError: while tracing, if there are no rows, if the inputs are complex or do not fit `mask`.
+    ValueError: while tracing, if there are no rows.
   """
+  if call.problem:
+    return NoStatistics(call.kernel, call.problem)
   inputs, leading = call.inputs, call.leading
+  example_shape = call.example_shape(example_axes)
   if inputs.size == 0:
     raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
-  if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
-    raise ValueError(f"Layer {name}: BNP is defined for real inputs, found {inputs.dtype}.")
   if mask is not None and leading[: mask.ndim] != mask.shape:
-    if len(leading) > example_axes:
-      raise ValueError(
-        f"Layer {name}: the mask of shape {mask.shape} does not fit its inputs of shape "
-        f"{inputs.shape}. Its shape must be the leading shape of the inputs."
+    if len(leading) > len(example_shape):
+      return NoStatistics(
+        call.kernel,
+        f"the mask of shape {mask.shape} does not fit its inputs of shape {inputs.shape}: it must "
+        "be the leading shape of the inputs",
       )
     mask = None
-  examples: int | jax.Array = math.prod(leading[:example_axes])
+  examples: int | jax.Array = math.prod(example_shape)
   if mask is not None:
-    if example_axes >= mask.ndim:
-      examples = examples // mask.size * jnp.sum(mask)
+    # An example counts if any of its positions does.
+    there = jnp.any(mask, tuple(range(len(example_shape), mask.ndim)))
+    examples = examples // there.size * jnp.sum(there)
     mask = jnp.broadcast_to(jnp.expand_dims(mask, range(mask.ndim, len(leading))), leading)
   statistics = layer_statistics(
     inputs,

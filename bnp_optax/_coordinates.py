@@ -83,9 +83,10 @@ def bnp(
     An optimizer whose ``update`` takes the keyword ``stats``, as that of `bnp_optax.scale_by_bnp`.
 
   Raises:
-    ValueError: whatever `bnp_optax.scale_by_bnp` raises; and from ``init``, if the inner optimizer
-      keeps a copy of the parameters. The coordinates move with the statistics, and a copy would
-      stay behind in old ones.
+    ValueError: whatever `bnp_optax.scale_by_bnp` raises; from ``init``, if the inner optimizer
+      keeps a copy of the parameters (the coordinates move with the statistics, and a copy would
+      stay behind in old ones); and from ``update``, for ``value_fn`` and ``grad``, which line
+      searches take.
 
   References:
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
@@ -108,6 +109,13 @@ def bnp(
     **extra_args: Any,
   ) -> tuple[optax.Updates, BnpState]:
     check_state(state, BnpState)
+    if extra_args.keys() & {"grad", "value_fn"}:
+      raise ValueError(
+        "bnp: the inner optimizer is given value_fn= or grad=, as line searches are. It would take "
+        "them to be of BNP's coordinates z, and they are of the parameters. Put the line search "
+        "after BNP, as in optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
+        "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
+      )
     statistics, P = advance_statistics(
       updates, state.statistics, stats, layers, decay, eps_relative, eps_absolute
     )
@@ -122,11 +130,14 @@ def bnp(
 def _refuse_copies_of_parameters(inner: optax.GradientTransformation, params: optax.Params) -> None:
   """Raises ValueError if what `inner` keeps depends on the values of the parameters."""
   jaxpr = jax.make_jaxpr(inner.init)(params).jaxpr
+  state = jax.eval_shape(inner.init, params)
+  kinds = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
+  lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in kinds)
   used = {id(x) for x in jaxpr.outvars}.union(id(x) for eqn in jaxpr.eqns for x in eqn.invars)
-  if any(id(x) in used for x in jaxpr.invars):
+  if lbfgs or any(id(x) in used for x in jaxpr.invars):
     raise ValueError(
       "bnp: the inner optimizer keeps a copy of the parameters (as schedule_free, lookahead, "
-      "prodigy or dog do), but BNP's coordinates z = P^-1 theta move with the statistics, and "
-      "the copy would stay behind in old ones. Put BNP inside instead of around it, as in "
+      "prodigy, dog and lbfgs do), but BNP's coordinates z = P^-1 theta move with the statistics, "
+      "and the copy would stay behind in old ones. Put BNP inside instead of around it, as in "
       "optax.contrib.schedule_free(bnp_optax.bnp(optax.sgd(rate)), rate)."
     )

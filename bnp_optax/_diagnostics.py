@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnp_optax._layers import flatten
+from bnp_optax._layers import by_kernel, flatten
 from bnp_optax._matching import Layouts, find_layers, flatten_masked, match_statistics
 from bnp_optax._prediction import layer_values
 from bnp_optax._statistics import LayerStatistics
@@ -150,18 +150,20 @@ def diagnose(
       f"{jax.tree.structure(state)}."
     )
   means, variances = (
-    {path: x for s in states for path, x in flatten(getattr(s, field), optax.MaskedNode)}
+    {
+      path: x
+      for s in states
+      for path, x in flatten(getattr(s, field), optax.MaskedNode)
+      # Another optimizer of a partition may have the layer.
+      if not isinstance(x, optax.MaskedNode)
+    }
     for field in ("input_mean", "input_variance")
   )
   leaves, _ = flatten_masked(params)
-  preconditioned = [x for x in find_layers(params, layers) if hasattr(means.get(x.path), "shape")]
+  preconditioned = [x for x in find_layers(params, layers) if x.path in means]
   if not preconditioned:
     raise ValueError("diagnose: BNP's state holds statistics for no layer of these parameters.")
-  sown = {
-    (*path[:-1], x.kernel)
-    for path, x in flatten(stats, LayerStatistics)
-    if isinstance(x, LayerStatistics)
-  }
+  sown = by_kernel(stats, LayerStatistics)
   present = [layer for layer in preconditioned if layer.path in sown]
   matched = match_statistics(present, leaves, stats) if present else []
   seen = {layer.path: x for layer, x in zip(present, matched, strict=True)}

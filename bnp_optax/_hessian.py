@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import contextvars
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -51,13 +52,14 @@ def unit_hessian(
     ``[1 + inputs, 1 + inputs]``: the bias, then the weights in the order of `hidden_matrix`.
 
   Raises:
-    ValueError: if the layer is not found.
+    ValueError: if the layer or the unit is not found.
   """
   found = choose_layer(find_layers(params, layers), layer)
   leaves, treedef = flatten_masked(params)
   kernel = leaves[found.kernel]
   bias = None if found.bias is None else leaves[found.bias]
   w, b = found.layout.to_canonical(kernel, bias)
+  _check_unit(found, unit, kernel.shape)
   where = divmod(unit, w.shape[-1])
 
   def loss_of_unit(w_hat: jax.Array) -> jax.Array:
@@ -118,11 +120,14 @@ def unit_curvature(
     ``[rows, rows]``, the rows in the order of `hidden_matrix`.
 
   Raises:
-    ValueError: if the layer is not found, is a stack of several, or is not called exactly once.
+    ValueError: if the layer or the unit is not found, if the layer is a stack of several, or is not
+      called exactly once.
   """
   found = choose_layer(find_layers(params, layers), layer)
+  leaves, _ = flatten_masked(params)
   if found.layout.stack or len(found.layout.output) > 1:
     raise ValueError(f"Layer {found}: S is defined for a single layer of one output axis.")
+  _check_unit(found, unit, leaves[found.kernel].shape)
   calls: list[jax.ShapeDtypeStruct] = []
 
   def record(outputs: jax.Array) -> jax.Array:
@@ -164,6 +169,12 @@ def _changed(path: Path, change: Callable[[jax.Array], jax.Array]) -> Any:
   # The key keeps functions that were traced without the change, or with another, from being reused.
   with _calls.recording(_perturbation, change, object()), nn.intercept_methods(interceptor):
     yield
+
+
+def _check_unit(layer: Layer, unit: int, kernel_shape: tuple[int, ...]) -> None:
+  outputs = math.prod(layer.layout.bias_shape(kernel_shape))
+  if not 0 <= unit < outputs:
+    raise ValueError(f"Layer {layer}: there is no unit {unit}; it has {outputs} outputs.")
 
 
 def choose_layer(layers: list[Layer], path: Path | None) -> Layer:

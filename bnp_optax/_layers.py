@@ -16,26 +16,43 @@ import jax.numpy as jnp
 
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
+from bnp_optax._statistics import TWO_MEANINGS
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
+
+# An NNX variable, or a parameter with metadata, is a node of its own around its value.
+_BOXED = (jax.tree_util.GetAttrKey("value"),)
 
 
 def flatten(tree: Any, *kinds: type) -> list[tuple[Path, Any]]:
   """The leaves of a tree with their paths, which name a leaf alike in every framework's trees."""
   keys = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
-  return [(_path(path), leaf) for path, leaf in keys]
+  return [(name_path(path), leaf) for path, leaf in keys]
 
 
-def _path(keys: tuple[Any, ...]) -> Path:
+def by_kernel(tree: Any, *kinds: type) -> dict[Path, Any]:
+  """What of some kinds is in a tree, by the path of the kernel that it lies beside."""
+  return {(*path[:-1], x.kernel): x for path, x in flatten(tree, *kinds) if isinstance(x, kinds)}
+
+
+def name_path(keys: tuple[Any, ...]) -> Path:
+  """The names along a path of JAX's keys."""
   names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-  # An NNX variable, or a boxed parameter, is a node of its own around its value.
-  return names[:-1] if keys and keys[-1] == jax.tree_util.GetAttrKey("value") else names
+  return names[:-1] if keys[-1:] == _BOXED else names
 
 
-def statistics_name(kernel: str) -> str:
-  """The name under which what a layer saw is sown beside its kernel."""
-  return "layer_statistics" if kernel == "kernel" else f"layer_statistics_{kernel}"
+def unboxed(tree: Any) -> Any:
+  """A tree with the values of its boxes in their place.
+
+  What a box says of a kernel, such as how it is split over devices, is not true of a mean.
+  """
+
+  def inside(x: Any) -> Any:
+    children = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)[0]
+    return children[0][1] if [keys for keys, _ in children] == [_BOXED] else x
+
+  return jax.tree.map(inside, tree, is_leaf=lambda x: inside(x) is not x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +173,7 @@ class Observation:
 
 def observe(call: Call, kind: str, shape: Shape, example_axes: int = 1) -> Observation:
   """What `layers` wants to know of one call of a layer."""
-  examples = max(1, math.prod(call.leading[:example_axes]))
+  examples = max(1, math.prod(call.example_shape(example_axes)))
   rows = math.prod(call.leading) if call.rows is None else call.rows
   return Observation(
     marker=jnp.zeros(()),
@@ -174,7 +191,7 @@ def merge_observations(a: Observation, b: Observation) -> Observation:
   """The observation of a layer called twice."""
   problem = a.problem or b.problem
   if (a.shape, a.layout) != (b.shape, b.layout):
-    problem = problem or "it is called with two different meanings of its kernel's axes"
+    problem = problem or TWO_MEANINGS
   return dataclasses.replace(a, positions=a.positions + b.positions, problem=problem)
 
 
@@ -211,11 +228,7 @@ def make_layers(
     ValueError: if `strict` and a linear layer is not covered, naming each and why.
   """
   shapes = {path: tuple(x.shape) for path, x in flatten(params)}
-  seen: dict[Path, Observation] = {
-    (*path[:-1], x.kernel): x
-    for path, x in flatten(observations, Observation)
-    if isinstance(x, Observation)
-  }
+  seen: dict[Path, Observation] = by_kernel(observations, Observation)
   biases, rows = set(), {}
   for path, shape in shapes.items():
     if path in seen:
@@ -232,6 +245,10 @@ def make_layers(
       rows[path] = Row(path, "", shape, None, None, None, math.prod(shape), why, covered=False)
     else:
       rows[path] = Row(path, "", shape, None, None, None, math.prod(shape), "passes through")
+  for path, x in seen.items():
+    if path not in shapes:
+      why = "its kernel is a parameter elsewhere, where what is seen here is missed"
+      rows[path] = Row(path, x.kind, x.shape, x.inputs, x.positions, None, 0, why, covered=False)
   layers = Layers(tuple(row for path, row in rows.items() if path not in biases))
   if strict and (missing := [row for row in layers.rows if not row.covered]):
     raise ValueError(

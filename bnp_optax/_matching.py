@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnp_optax._layers import Path, flatten
+from bnp_optax._layers import Path, by_kernel, flatten, unboxed
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import LayerStatistics, merge_call_axes
+from bnp_optax._statistics import LayerStatistics, NoStatistics, merge_call_axes
 
 Layouts = Mapping[Path, KernelLayout]
 
@@ -29,7 +29,7 @@ class Layer:
   bias: int | None
 
   def __str__(self) -> str:
-    return _name(self.path[:-1] if self.path[-1] == "kernel" else self.path)
+    return _name(_module(self.path))
 
 
 def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
@@ -52,8 +52,7 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
   for path, i in index.items():
     if not path or (path[-1] != "kernel" if layouts is None else path not in layouts):
       continue
-    # A layer goes by its module's name, unless that has several kernels.
-    where = path[:-1] if path[-1] == "kernel" else path
+    where = _module(path)
     bias_name = "bias" if layouts is None else layouts[path].bias
     kernel, j = leaves[i], index.get((*path[:-1], bias_name))
     bias = None if j is None else leaves[j]
@@ -104,11 +103,7 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       "stats=stats) with what bnp_optax.linen.sow_statistics gathered. A wrapper that drops "
       "extra arguments loses them too."
     )
-  found: dict[Path, LayerStatistics] = {
-    (*path[:-1], leaf.kernel): leaf
-    for path, leaf in flatten(stats, LayerStatistics)
-    if isinstance(leaf, LayerStatistics)
-  }
+  found: dict[Path, LayerStatistics] = by_kernel(stats, LayerStatistics, NoStatistics)
   if not found and layers:
     raise ValueError(
       "stats holds no LayerStatistics. Was the forward pass run with "
@@ -119,17 +114,23 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
     )
   if missing := [layer for layer in layers if layer.path not in found]:
     raise ValueError(
-      f"No statistics for {_names(layer.path[:-1] for layer in missing)}. They came for "
-      f"{_names(path[:-1] for path in found)}. If these layers did not run, or are no Dense or "
+      f"No statistics for {', '.join(map(str, missing))}. They came for "
+      f"{_names(map(_module, found))}. If these layers did not run, or are no Dense or "
       "Conv, leave them out of this optimizer with optax.masked or optax.partition, or name the "
       "layers it is for with "
       "layers=bnp_optax.linen.layers(model, *inputs). If they ran under nn.scan or nn.vmap, add "
       '"intermediates" to its variable_axes.'
     )
+  if without := {x: y for x in layers if isinstance(y := found[x.path], NoStatistics)}:
+    raise ValueError(
+      f"No statistics for {'; '.join(f'{x}: {y.reason}' for x, y in without.items())}. If BNP is "
+      "not to precondition it, leave the layer out of this optimizer with optax.masked or "
+      "optax.partition."
+    )
   if other := [layer for layer in layers if _is_another(layer.layout, found[layer.path].layout)]:
     raise ValueError(
       f"These layers are no plain Dense or Conv, and their kernels' axes are not what they were "
-      f"taken for: {_names(layer.path[:-1] for layer in other)}. Pass "
+      f"taken for: {', '.join(map(str, other))}. Pass "
       "layers=bnp_optax.linen.layers(model, *inputs) (or bnp_optax.nnx.layers(model, *inputs)), "
       "traced from this model, with the same exact_windows= as in sow_statistics."
     )
@@ -177,7 +178,7 @@ def match_state(
   Raises:
     ValueError: if the state was made for other parameters, or was cast to less than float32.
   """
-  found, structure = flatten_masked(tree)
+  found, structure = flatten_masked(unboxed(tree))
   expected = {
     layer.kernel: layer.layout.statistics_shape(leaves[layer.kernel].shape) for layer in layers
   }
@@ -214,6 +215,11 @@ def _is_masked(x: Any) -> bool:
 
 def _name(path: Path) -> str:
   return "/".join(path) or "(the model itself)"
+
+
+def _module(path: Path) -> Path:
+  """What a layer goes by: the path of its module, unless that has several kernels."""
+  return path[:-1] if path[-1] == "kernel" else path
 
 
 def _names(paths: Iterable[Path]) -> str:

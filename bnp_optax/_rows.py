@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bnp_optax import _preconditioner, linen
 from bnp_optax._calls import Call
-from bnp_optax._layers import Layers, Path, flatten, split_arrays
+from bnp_optax._layers import Layers, Path, by_kernel, split_arrays
 from bnp_optax._layout import KernelLayout
 from bnp_optax._matching import Layer, find_layers, flatten_masked, match_statistics
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
@@ -79,14 +79,12 @@ def observe(
   rows, statistics = run(variables, arrays)
   leaves, _ = flatten_masked(params)
   matched = match_statistics(found, leaves, statistics)
-  seen: dict[Path, jax.Array] = {
-    (*path[:-1], x.kernel): x.h for path, x in flatten(rows, _Rows) if isinstance(x, _Rows)
-  }
+  seen: dict[Path, _Rows] = by_kernel(rows, _Rows)
   observed = []
   for layer, stats in zip(found, matched, strict=True):
-    h = seen.get(layer.path)
-    if h is not None:
-      h = _without_outer_axes(h, layer.layout.calls)
+    h = None
+    if layer.path in seen:
+      h = _without_outer_axes(seen[layer.path].h, layer.layout.calls)
     observed.append(Observed(layer, leaves[layer.kernel].shape, h, stats))
   return layers, observed
 
@@ -98,10 +96,12 @@ def _linen(
 
   def see(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     variables = {k: v for k, v in variables.items() if k != "intermediates"}
+    # Any stream will do, the same in both passes.
+    rngs = {"params": jax.random.key(0)}
     with linen._reporting(_rows, _append, True, object()):
-      _, rows = model.apply(variables, *args, mutable=True, **kwargs)
+      _, rows = model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
     with linen.sow_statistics():
-      _, statistics = model.apply(variables, *args, mutable=True, **kwargs)
+      _, statistics = model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
     return rows.get("intermediates", {}), statistics["intermediates"]
 
   params = flax.linen.meta.unbox(variables["params"])

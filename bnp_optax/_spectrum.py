@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _EXACT = 384
@@ -40,12 +41,14 @@ def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = 
     ``[...]``, float64, at least 1; NaN for a matrix of zeros.
 
   Raises:
-    ValueError: if an entry is not finite.
+    ValueError: if an entry is not finite, or the matrix is complex.
 
   References:
     Lange, Helfrich, Ye, JMLR 23(72), 2022: the end of section 1.
   """
   array = np.asarray(matrix)
+  if np.iscomplexobj(array):
+    raise ValueError(f"condition_number is for real matrices, found {array.dtype}.")
   if threshold is None:
     threshold = rounding(array)
   array = array.astype(np.float64)
@@ -55,8 +58,9 @@ def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = 
 
 def rounding(array: np.ndarray) -> float:
   """What rounding makes of a zero singular value, relative to the largest."""
-  dtype = array.dtype if np.issubdtype(array.dtype, np.floating) else np.dtype(np.float64)
-  return math.sqrt(max(array.shape[-2:])) * float(np.finfo(dtype).eps)
+  # JAX's, which know bfloat16.
+  dtype = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else np.dtype(np.float64)
+  return math.sqrt(max(array.shape[-2:])) * float(jnp.finfo(dtype).eps)
 
 
 class Estimate(NamedTuple):

@@ -18,6 +18,8 @@ from bnp_optax._layout import KernelLayout
 # The name of a mapped axis, or the names of several.
 AxisName = str | tuple[str, ...]
 
+TWO_MEANINGS = "it is called with two different meanings of its kernel's axes"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +88,22 @@ class LayerStatistics:
     return (self.within + self.between) / self.rows[..., None]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoStatistics:
+  """Sown instead of statistics by a layer that can give none; it has no leaves.
+
+  Only an optimizer that has use for the layer's statistics takes it for an error.
+
+  Attributes:
+    kernel: as in `LayerStatistics`.
+    reason: why there are none.
+  """
+
+  kernel: str = dataclasses.field(metadata={"static": True})
+  reason: str = dataclasses.field(metadata={"static": True})
+
+
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
   """float64 if any of `dtypes` is, float32 for all others: what BNP keeps and computes in."""
   return jnp.dtype("float64" if "float64" in dtypes else "float32")
@@ -136,17 +154,25 @@ def layer_statistics(
   total = whole(weight * jnp.sum(h, leading))
   deviation = jnp.where(here, h - jnp.expand_dims(total / counted, leading), 0)
   shape = total.shape[:-1]
+  # A part of a batch may be padding alone, and must not spoil the sum.
+  rows_there = jnp.where(counted > 0, counted, 1)
   return LayerStatistics(
     examples=jnp.broadcast_to(jnp.asarray(whole(examples), dtype), shape),
     rows=jnp.broadcast_to(counted, shape),
     total=total,
     within=whole(weight * jnp.sum(deviation * deviation, leading)),
-    between=total * total / counted,
+    between=total * total / rows_there,
   )
 
 
-def merge_calls(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
+def merge_calls(
+  a: LayerStatistics | NoStatistics, b: LayerStatistics | NoStatistics
+) -> LayerStatistics | NoStatistics:
   """The statistics of a layer called twice in a forward pass: more rows, the same examples."""
+  if isinstance(a, NoStatistics) or isinstance(b, NoStatistics):
+    return a if isinstance(a, NoStatistics) else b
+  if a.layout != b.layout:
+    return NoStatistics(a.kernel, TWO_MEANINGS)
   merged = jax.tree.map(jnp.add, a, b)
   return dataclasses.replace(merged, examples=jnp.maximum(a.examples, b.examples))
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from bnp_optax import _preconditioner
+from bnp_optax._layers import unboxed
 from bnp_optax._matching import (
   Layer,
   Layouts,
@@ -32,9 +33,9 @@ class ScaleByBnpState(NamedTuple):
 
   Attributes:
     count: number of updates so far, an int32 scalar.
-    input_mean: the running mean of each layer's inputs. The structure of the parameters, with an
-      array ``[*stack, features]`` at each kernel, float32 (float64 where the kernel is float64),
-      and `optax.MaskedNode` at every other leaf.
+    input_mean: the running mean of each layer's inputs. The structure of the parameters (without
+      their metadata, if they have any), with an array ``[*stack, features]`` at each kernel,
+      float32 (float64 where the kernel is float64), and `optax.MaskedNode` at every other leaf.
     input_variance: the running variance, likewise.
     nonfinite_count: how often a layer's statistics were not finite, or came from no rows at all,
       and were therefore left out, summed over layers and updates: an int32 scalar. It stays 0 in a
@@ -155,6 +156,12 @@ def check_hyperparameters(
     ("eps_relative", eps_relative, math.inf),
     ("eps_absolute", eps_absolute, math.inf),
   ):
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+      raise ValueError(
+        f"{name} is {dtype}, in which 0.999 is 1. optax.inject_hyperparams casts to the dtype of "
+        "the parameters: give it hyperparam_dtype=jnp.float32."
+      )
     try:
       in_range = 0 <= float(value) < top  # pyright: ignore[reportArgumentType]
     except jax.errors.ConcretizationTypeError:
@@ -165,6 +172,7 @@ def check_hyperparameters(
 
 def init_statistics(params: optax.Params, layouts: Layouts | None) -> ScaleByBnpState:
   """The statistics before the first batch: mean 0 and variance 1 for every layer."""
+  params = unboxed(params)
   leaves, treedef = flatten_masked(params)
   mean: list[Any] = [optax.MaskedNode()] * len(leaves)
   variance = list(mean)
@@ -193,6 +201,7 @@ def advance_statistics(
 ) -> tuple[ScaleByBnpState, list[tuple[Layer, Preconditioner]]]:
   """Steps 2 and 3 for every layer: the new running statistics and the preconditioners they give."""
   check_state(state, ScaleByBnpState)
+  updates = unboxed(updates)
   leaves, treedef = flatten_masked(updates)
   layers = find_layers(updates, layouts)
   mean = match_state("input_mean", state.input_mean, treedef, leaves, layers)

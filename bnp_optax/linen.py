@@ -25,9 +25,8 @@ from bnp_optax._layers import (
   merge_observations,
   observe,
   split_arrays,
-  statistics_name,
 )
-from bnp_optax._statistics import AxisName, LayerStatistics, merge_calls
+from bnp_optax._statistics import AxisName, LayerStatistics, NoStatistics, merge_calls
 
 # How to read each layer, by the function that multiplies with its kernel. A subclass that overrides
 # that function and calls it is read once, where it does; one that does not call it is not read.
@@ -56,7 +55,7 @@ _reporter: contextvars.ContextVar[Any] = contextvars.ContextVar("linen", default
 def sow_statistics(
   *,
   example_axes: int = 1,
-  mask: jax.Array | None = None,
+  mask: jax.typing.ArrayLike | None = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:
@@ -70,10 +69,13 @@ def sow_statistics(
 
   Enter it inside the function that is differentiated and jitted, around the call of the model.
 
-  Under `flax.linen.scan`, `flax.linen.vmap` and `flax.linen.RNN`, ``variable_axes`` must hold
-  ``"intermediates": 0``.
+  Under `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers,
+  ``variable_axes`` must hold ``"intermediates": 0``.
   Under `jax.shard_map`, `jax.pmap` and `jax.vmap` over examples, name the axis that they map:
-  with ``axis_name`` the statistics are those of all examples along it.
+  with ``axis_name`` the statistics are those of all examples along it. `flax.linen.vmap` over
+  examples wants that too, with ``"intermediates": None`` and ``example_axes=0``.
+
+  What was sown must not be handed to the next call of the model: it would be counted again.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
@@ -100,9 +102,10 @@ def sow_statistics(
     example_axes: how many leading axes count examples, as the loss does: 1 if it is a mean over
       sequences or images, 2 if it is a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
-    mask: True for positions that count and False for padding; its shape is the leading shape of
-      the inputs it is for, such as ``[batch, time]``. Layers whose inputs have only the example
-      axes, such as a head after pooling, are not masked.
+    mask: True, or not zero, for positions that count and False for padding; its shape is the
+      leading shape of the inputs it is for, such as ``[batch, time]``. Layers whose inputs have
+      only the example axes are not masked: a head after pooling, and a recurrent cell inside a
+      scan over time. An example without any position that counts is none.
     axis_name: the name of the mapped axis that the examples are split over, or a tuple of names, as
       in `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch, and the same everywhere along the axis.
@@ -114,18 +117,16 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: while tracing, if a layer's inputs have no rows, are complex, or do not fit `mask`.
+    ValueError: while tracing, if a layer's inputs have no rows. That they are complex, or do not
+      fit `mask`, is an error of the optimizer that has use for the layer's statistics.
     NameError: while tracing, if there is no mapped axis of the name `axis_name`.
   """
+  where = _calls.as_mask(mask)
 
-  def see(module: nn.Module, call: Call) -> LayerStatistics | None:
-    # What is not sown is missed, loudly, by an optimizer that has use for it.
-    if call.problem:
-      return None
-    return call_statistics(call, "/".join(module.path), example_axes, mask, axis_name)
+  def see(module: nn.Module, call: Call) -> LayerStatistics | NoStatistics:
+    return call_statistics(call, "/".join(module.path), example_axes, where, axis_name)
 
-  # A mask is a constant of what is traced under it.
-  key = (example_axes, axis_name, exact_windows, None if mask is None else object())
+  key = (example_axes, axis_name, exact_windows, _calls.mask_key(where))
   with _reporting(see, merge_calls, exact_windows, key):
     yield
 
@@ -247,13 +248,7 @@ def _reporting(
       method = functools.partial(function, module)
       for call in read(reader, module, exact_windows, outputs, method, args, kwargs):
         if (seen := see(module, call)) is not None:
-          module.sow(
-            "intermediates",
-            statistics_name(call.kernel),
-            seen,
-            init_fn=lambda: None,
-            reduce_fn=lambda old, new: new if old is None else merge(old, new),
-          )
+          _calls.sow(module, "intermediates", call, seen, merge)
     return outputs
 
   with _calls.recording(_reporter, see, key), nn.intercept_methods(interceptor):

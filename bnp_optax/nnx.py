@@ -22,10 +22,9 @@ from bnp_optax._layers import (
   merge_observations,
   observe,
   split_arrays,
-  statistics_name,
 )
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import AxisName, LayerStatistics, merge_calls
+from bnp_optax._statistics import AxisName, LayerStatistics, NoStatistics, merge_calls
 
 
 class Statistics(nnx.Variable[Any]):
@@ -63,7 +62,7 @@ _open = 0
 def sow_statistics(
   *,
   example_axes: int = 1,
-  mask: jax.Array | None = None,
+  mask: jax.typing.ArrayLike | None = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:
@@ -124,17 +123,16 @@ def sow_statistics(
 
   Raises:
     ValueError: while tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
-      if its inputs have no rows, are complex, or do not fit `mask`.
+      or if its inputs have no rows. That they are complex, or do not fit `mask`, is an error of the
+      optimizer that has use for the layer's statistics.
     NameError: while tracing, if there is no mapped axis of the name `axis_name`.
   """
+  where = _calls.as_mask(mask)
 
-  def see(module: nnx.Module, call: Call) -> LayerStatistics | None:
-    if call.problem:
-      return None  # What is not sown is missed, loudly, by an optimizer that has use for it.
-    return call_statistics(call, _describe(module, call), example_axes, mask, axis_name)
+  def see(module: nnx.Module, call: Call) -> LayerStatistics | NoStatistics:
+    return call_statistics(call, _describe(module, call), example_axes, where, axis_name)
 
-  # A mask is a constant of what is traced under it.
-  key = (example_axes, axis_name, exact_windows, None if mask is None else object())
+  key = (example_axes, axis_name, exact_windows, _calls.mask_key(where))
   with _reporting(see, merge_calls, exact_windows, key):
     yield
 
@@ -205,8 +203,7 @@ def layers(
       return nnx.capture(getattr(model, method), Statistics)(*args, **kwargs)[1]
 
   seen = nnx.eval_shape(trace, model, arrays)
-  lost = "its statistics are lost"
-  return make_layers(nnx.state(model, nnx.Param), seen, {}, lost, strict)
+  return make_layers(nnx.state(model, nnx.Param), seen, {}, "", strict)
 
 
 @contextlib.contextmanager
@@ -235,13 +232,7 @@ def _reporting(
         "models that are not trained outside of the context."
       )
     if (seen := see(module, call)) is not None:
-      module.sow(
-        Statistics,
-        statistics_name(call.kernel),
-        seen,
-        init_fn=lambda: None,
-        reduce_fn=lambda old, new: new if old is None else merge(old, new),
-      )
+      _calls.sow(module, Statistics, call, seen, merge)
 
   with _calls.recording(_reporter, (report, exact_windows), key), _patched():
     yield

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bnp_optax._layers import flatten, name_path
 from bnp_optax._statistics import accumulation_dtype
 
 _Moments = tuple[jax.Array, jax.Array]
@@ -288,22 +289,19 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
     if params is None:
       raise ValueError("add_decayed_scale_and_bias needs the parameters: update(..., params).")
     names: dict[Any, set[str]] = {}
-    for path, _ in jax.tree.leaves_with_path(params):
-      names.setdefault(path[:-1], set()).add(_last(path))
+    for path, _ in flatten(params):
+      names.setdefault(path[:-1], set()).add(path[-1])
 
     def decayed(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-      siblings = names.get(path[:-1], set())
-      if "scale" not in siblings or "kernel" in siblings or _last(path) not in _IDENTITY:
+      *where, name = name_path(path)
+      siblings = names.get(tuple(where), set())
+      if "scale" not in siblings or "kernel" in siblings or name not in _IDENTITY:
         return update
-      return update + weight_decay * (param - _IDENTITY[_last(path)])
+      return update + weight_decay * (param - _IDENTITY[name])
 
     return jax.tree.map_with_path(decayed, updates, params)
 
   return optax.stateless(add)
-
-
-def _last(path: Any) -> str:
-  return jax.tree_util.keystr(path[-1:], simple=True)
 
 
 def _mix(old: _Moments, new: _Moments, weight: float) -> _Moments:

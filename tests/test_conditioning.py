@@ -471,3 +471,51 @@ def test_diagnose_is_traced_once_with_the_training_step():
 def test_diagnose_wants_a_state_of_bnp():
   with pytest.raises(ValueError, match="no state of scale_by_bnp or bnp"):
     conditioning.diagnose({"kernel": jnp.ones((2, 2))}, optax.sgd(0.1).init({}), {})
+
+
+def test_every_layer_of_a_model_that_two_optimizers_share_is_diagnosed():
+  params, batch = problems.make(problems.MLP(), (8, 5))
+  grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)
+  first, *others = params
+  for kinds in (("a", "b"), ("b", "a")):
+    labels = {first: kinds[0]} | dict.fromkeys(others, kinds[1])
+    tx = optax.partition(
+      {"a": bnp_optax.scale_by_bnp(), "b": bnp_optax.bnp(optax.sgd(0.1))},
+      {name: {"kernel": label, "bias": label} for name, label in labels.items()},
+    )
+    _, state = tx.update(grads, tx.init(params), params, stats=stats)
+    assert set(conditioning.diagnose(params, state, stats).names) == {*params}
+
+
+@pytest.mark.parametrize("unit", [-1, 3])
+def test_a_unit_that_is_not_there(unit):
+  model, x = nn.Dense(3, **F64), jnp.ones((2, 4))
+  params = random_params(model, x)
+
+  def loss_fn(params):
+    return jnp.sum(model.apply({"params": params}, x))
+
+  for function in (conditioning.unit_hessian, conditioning.unit_curvature):
+    with pytest.raises(ValueError, match=f"no unit {unit}; it has 3 outputs"):
+      function(loss_fn, params, unit=unit)
+
+
+def test_the_rounding_of_bfloat16_is_no_rank():
+  rng = np.random.default_rng(0)
+  product = np.outer(rng.normal(size=30), rng.normal(size=20))
+  assert conditioning.condition_number(jnp.asarray(product, jnp.bfloat16)) == 1
+  with pytest.raises(ValueError, match="real matrices, found complex128"):
+    conditioning.condition_number(1j * product)
+
+
+def test_a_model_that_draws_random_numbers_can_be_surveyed():
+  class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(4, name="mean", **F64)(x)
+      x = x + jax.random.normal(self.make_rng("latent"), x.shape)
+      return nn.Dense(2, name="head", **F64)(x)
+
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
+  variables = Noisy().init(jax.random.key(0), x)
+  assert [x.name for x in conditioning.survey(Noisy(), variables, x).layers] == ["head", "mean"]

@@ -160,13 +160,34 @@ def test_extra_arguments_reach_the_inner_optimizer():
     optax.contrib.prodigy(),
     optax.contrib.dog(RATE),
     optax.chain(optax.clip(1.0), optax.contrib.cocob()),
+    optax.scale_by_lbfgs(),
   ],
-  ids=["schedule_free", "mechanize", "prodigy", "dog", "cocob"],
+  ids=["schedule_free", "mechanize", "prodigy", "dog", "cocob", "lbfgs"],
 )
 def test_an_inner_optimizer_that_keeps_parameters_is_refused(inner):
   params, _ = problems.make(problems.MLP(), (8, 5))
   with pytest.raises(ValueError, match=r"keeps a copy of the parameters.*Put BNP inside"):
     jax.eval_shape(bnp_optax.bnp(inner).init, params)
+
+
+def test_a_line_search_belongs_behind_bnp():
+  """Inside, it would evaluate the loss at z; behind, it finds a rate in theta."""
+  model = problems.MLP()
+  params, batch = problems.make(model, (8, 5))
+  (value, stats), grad = jax.value_and_grad(problems.loss_fn(model), has_aux=True)(params, batch)
+
+  def value_fn(params, stats=None):
+    del stats
+    return problems.loss_fn(model)(params, batch)[0]
+
+  search = optax.scale_by_backtracking_linesearch(15)
+  told = {"stats": stats, "value": value, "grad": grad, "value_fn": value_fn}
+  inside = bnp_optax.bnp(optax.chain(optax.sgd(1.0), search))
+  with pytest.raises(ValueError, match=r"value_fn= or grad=.*Put the line search after BNP"):
+    inside.update(grad, inside.init(params), params, **told)
+  behind = optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1.0), search)
+  updates, _ = behind.update(grad, behind.init(params), params, **told)
+  assert value_fn(optax.apply_updates(params, updates)) < value
 
 
 def test_a_copy_in_moving_coordinates_would_be_wrong():

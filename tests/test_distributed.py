@@ -7,6 +7,7 @@ import math
 import re
 
 import chex
+import flax.linen as nn
 import jax
 from jax import lax
 import numpy as np
@@ -321,3 +322,54 @@ def test_what_bnp_adds_to_the_wire(engine, vectors, scalars):
   allowed[1] += scalars * len(features)
   assert (with_bnp - sgd).total() > 0
   assert with_bnp - sgd <= allowed
+
+
+class Boxed(nn.Module):
+  """A network whose parameters say how they are split."""
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    bias = nn.with_partitioning(nn.initializers.zeros, ("model",))
+    x = nn.relu(nn.Dense(8, kernel_init=kernel, bias_init=bias, name="hidden")(x))
+    return nn.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize(
+  "make", [bnp_optax.scale_by_bnp, lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9))]
+)
+def test_parameters_that_say_how_they_are_split(make):
+  """The state's vectors have no such metadata, and the steps are those without it."""
+  mesh, model, tx = make_mesh((2, 4), ("data", "model")), Boxed(), make()
+  x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+
+  def step(params, state):
+    def loss_fn(params):
+      with bnp_optax.linen.sow_statistics():
+        y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+      return (y**2).mean(), aux["intermediates"]
+
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state
+
+  boxed = jax.jit(model.init)(jax.random.key(0), x)["params"]
+  plain = nn.meta.unbox(boxed)
+  expected, state = plain, tx.init(plain)
+  for _ in range(2):
+    expected, state = jax.jit(step)(expected, state)
+
+  shapes = jax.eval_shape(tx.init, boxed)
+  with jax.set_mesh(mesh):
+    state = jax.jit(tx.init, out_shardings=nn.get_sharding(shapes, mesh))(boxed)
+    actual = boxed
+    for _ in range(2):
+      actual, state = jax.jit(step)(actual, state)
+  chex.assert_trees_all_close(jax.device_get(nn.meta.unbox(actual)), expected, rtol=1e-5)
+  (statistics,) = (
+    s
+    for s in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, bnp_optax.ScaleByBnpState))
+    if isinstance(s, bnp_optax.ScaleByBnpState)
+  )
+  assert isinstance(statistics.input_mean["hidden"]["kernel"], jax.Array)
+  assert isinstance(statistics.input_mean["hidden"]["bias"], optax.MaskedNode)

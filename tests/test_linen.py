@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bnp_optax
@@ -320,9 +321,66 @@ def test_a_head_after_pooling_is_not_masked():
 
 
 def test_a_mask_that_does_not_fit():
-  x = uniform(3, 4, 5)
+  x, model = uniform(3, 4, 5), nn.Dense(2)
   with pytest.raises(ValueError, match=r"mask of shape \(3, 5\) does not fit .*\(3, 4, 5\)"):
-    see(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": jnp.ones((3, 5), bool)})
+    update(model, init(model, x), x, mask=jnp.ones((3, 5), bool))
+
+
+def test_a_mask_may_fit_some_layers_and_not_those_that_are_left_out():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(2, name="fits")(x[:, :2]), nn.Dense(2, name="other")(x)
+
+  x = uniform(3, 4, 5)
+  params = init(Model(), x)
+  stats = see(Model(), params, x, context={"mask": jnp.ones((3, 2), bool)})
+  kept = optax.masked(bnp_optax.scale_by_bnp(), {"fits": True, "other": False})
+  kept.update(params, kept.init(params), stats=stats)
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match="No statistics for other: the mask of shape"):
+    tx.update(params, tx.init(params), stats=stats)
+
+
+@pytest.mark.parametrize("cast", [np.asarray, lambda m: 3 * m.astype(int), lambda m: m.tolist()])
+def test_a_mask_of_numbers_counts_what_is_not_zero(cast):
+  mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
+  x = uniform(2, 3, 5)
+  params = init(nn.Dense(2), x)
+  statistics = see(nn.Dense(2), params, x, context={"mask": cast(mask)})["layer_statistics"]
+  check(statistics, np.asarray(x)[mask], examples=2)
+
+
+def test_a_sequence_of_padding_alone_is_no_example():
+  mask = jnp.array([[1, 1, 0], [0, 0, 0]], bool)
+  x = uniform(2, 3, 5)
+  statistics = see(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": mask})["layer_statistics"]
+  check(statistics, x[0, :2], examples=1)
+
+
+def test_an_equal_mask_outside_of_jit_is_no_new_trace():
+  x, traced = uniform(4, 3), []
+
+  @jax.jit
+  def forward(params):
+    traced.append(None)
+    return nn.Dense(2).apply({"params": params}, x, mutable=["intermediates"])
+
+  params = init(nn.Dense(2), x)
+  for mask in ([True, True, False, True], [True, True, False, True], [True, False, False, True]):
+    with sow_statistics(mask=np.array(mask)):
+      _, aux = forward(params)
+    assert aux["intermediates"]["layer_statistics"].rows == sum(mask)
+  assert len(traced) == 2
+
+
+@pytest.mark.parametrize("model", [nn.Conv(2, (3, 3)), nn.ConvTranspose(2, (3, 3))])
+def test_one_map_without_a_batch_axis_is_one_example(model):
+  x = uniform(1, 6, 6, 3)
+  params = init(model, x)
+  alone, batch = (see(model, params, x)["layer_statistics"] for x in (x[0], x))
+  chex.assert_trees_all_equal(alone, batch)
+  assert alone.examples == 1
 
 
 def test_an_empty_batch():
@@ -334,8 +392,13 @@ def test_an_empty_batch():
 def test_complex_inputs():
   model = nn.Dense(2, param_dtype=jnp.complex64)
   x = jnp.ones((3, 4), jnp.complex64)
+  stats = see(model, jax.tree.map(lambda p: p.astype(jnp.complex64), init(nn.Dense(2), x.real)), x)
+  tx = bnp_optax.scale_by_bnp()
+  real = init(nn.Dense(2), x.real)
   with pytest.raises(ValueError, match="real inputs, found complex64"):
-    see(model, init(model, x), x)
+    tx.update(real, tx.init(real), stats=stats)
+  with pytest.raises(ValueError, match="kernel: BNP is defined for real inputs, found complex64"):
+    bnp_optax.linen.layers(model, x, strict=True)
 
 
 # Examples that are split over a mapped axis.
@@ -532,7 +595,42 @@ def test_a_custom_module_with_its_own_kernel():
 
 def test_a_masked_kernel_is_refused():
   model, x = nn.Conv(4, (3,), mask=jnp.ones((3, 2, 4))), uniform(5, 6, 2)
-  with pytest.raises(ValueError, match="no LayerStatistics"):
+  with pytest.raises(ValueError, match=r"model itself\): its kernel is masked"):
     update(model, init(model, x), x)
   with pytest.raises(ValueError, match="kernel: its kernel is masked"):
     bnp_optax.linen.layers(model, x, strict=True)
+
+
+def test_a_layer_called_with_two_meanings_is_refused_where_it_is_wanted():
+  class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      tied = nn.Einsum((3, 4), None, use_bias=False, name="tied")
+      h = nn.Dense(3, name="out")(x)
+      return tied(tied(h, "bd,dv->bv"), "bv,dv->bd")
+
+  x = uniform(5, 2)
+  params = init(Tied(), x)
+  stats = see(Tied(), params, x)
+  layers = bnp_optax.linen.layers(Tied(), x)
+  assert "NO: it is called with two different meanings" in str(layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx.update(params, tx.init(params), stats=stats)
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match="No statistics for tied: it is called with two different"):
+    tx.update(params, tx.init(params), stats=stats)
+
+
+def test_nn_vmap_over_examples():
+  over = nn.vmap(
+    nn.Dense,
+    variable_axes={"params": None, "intermediates": None},
+    in_axes=0,
+    axis_name="batch",
+    split_rngs={"params": False},
+  )
+  x = uniform(5, 3)
+  params = init(nn.Dense(2), x)
+  whole = see(nn.Dense(2), params, x)
+  mapped = see(over(2), params, x, context={"example_axes": 0, "axis_name": "batch"})
+  chex.assert_trees_all_close(mapped, whole, rtol=1e-6)

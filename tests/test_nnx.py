@@ -545,3 +545,52 @@ def test_threads():
 
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     assert list(pool.map(work, range(16))) == list(range(16))
+
+
+@pytest.mark.parametrize(
+  "make", [bnp_optax.scale_by_bnp, lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9))]
+)
+def test_parameters_that_say_how_they_are_split(make):
+  kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+  x = uniform(N, 5)
+
+  def train(model):
+    optimizer = nnx.Optimizer(model, make(), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+      grads, stats = nnx.grad(loss_fn, has_aux=True)(model, x)
+      optimizer.update(model, grads, stats=stats)
+
+    for _ in range(2):
+      step(model, optimizer)
+    return jax.device_get(nnx.as_pure(nnx.state(model, nnx.Param)))
+
+  expected = train(nnx.Linear(5, 8, rngs=rngs()))
+  with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"))):
+    actual = train(nnx.Linear(5, 8, kernel_init=kernel, rngs=rngs()))
+  chex.assert_trees_all_close(actual, expected, rtol=1e-4)
+
+
+def test_a_param_shared_by_two_modules_is_in_the_table_across_a_transform():
+  class Tied(nnx.Module):
+    def __init__(self, rngs):
+      self.a, self.b = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+      self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+      return nnx.remat(lambda module, h: module(h))(self.b, self.a(x))
+
+  with pytest.raises(ValueError, match="b/kernel: its kernel is a parameter elsewhere"):
+    bnp_optax.nnx.layers(Tied(rngs()), uniform(N, 4), strict=True)
+
+
+def test_layers_that_were_not_seen_are_named_with_their_kernels():
+  model = nnx.LoRA(5, 2, 4, rngs=rngs())
+  layers = bnp_optax.nnx.layers(model, uniform(N, 5))
+  params = nnx.state(model, nnx.LoRAParam)
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  with nnx.use_eager_sharding(False):
+    stats = {"layer_statistics": bnp_optax.LayerStatistics(*[jnp.ones(2)] * 5)}
+    with pytest.raises(ValueError, match="No statistics for lora_a, lora_b"):
+      tx.update(params, tx.init(params), stats=stats)

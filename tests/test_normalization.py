@@ -256,6 +256,13 @@ def test_scale_and_bias_decay_towards_the_identity():
     tx.update(updates, tx.init(params))
 
 
+def test_decay_reaches_scales_and_biases_that_say_how_they_are_split():
+  params = {"scale": nn.Partitioned(jnp.full(5, 3.0), ("features",)), "bias": jnp.zeros(5)}
+  tx = normalization.add_decayed_scale_and_bias(0.1)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  close(updates["scale"].value, jnp.full(5, 0.2))
+
+
 @pytest.mark.parametrize(
   ("norm", "axis_type"),
   [

@@ -87,6 +87,15 @@ def test_padding_is_not_seen_whatever_it_holds():
   np.testing.assert_allclose(masked.variance, valid.variance, rtol=1e-6)
 
 
+def test_a_part_that_is_padding_alone_adds_nothing():
+  h = jnp.asarray(np.random.default_rng(0).normal(3, 1, (4, 3)), jnp.float32)
+  part, padding = (see(h, mask=jnp.full(4, there)) for there in (True, False))
+  both = add(part, padding)
+  np.testing.assert_array_equal(both.mean, part.mean)
+  np.testing.assert_allclose(both.variance, part.variance, rtol=1e-6)
+  assert np.isnan(padding.mean).all()
+
+
 def test_a_layer_called_twice_sees_more_rows_of_the_same_examples():
   h = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), jnp.float32)
   twice = _statistics.merge_calls(see(h), see(h + 1))

@@ -202,6 +202,18 @@ def test_epsilon_out_of_range(name, value):
     bnp_optax.scale_by_bnp(**{name: value})
 
 
+def test_a_decay_that_inject_hyperparams_rounds_to_bfloat16(mlp):
+  params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp[0])
+  make = optax.inject_hyperparams(bnp_optax.scale_by_bnp, hyperparam_dtype=jnp.float32)
+  state = jax.jit(make(decay=0.999).init)(params)
+  assert state.hyperparams["decay"] == jnp.float32(0.999)
+  raises(
+    "decay is bfloat16.*hyperparam_dtype=jnp.float32",
+    jax.jit(optax.inject_hyperparams(bnp_optax.scale_by_bnp)(decay=0.999).init),
+    params,
+  )
+
+
 def test_no_stats(mlp):
   params, grads, _ = mlp
   tx = bnp_optax.scale_by_bnp()
