@@ -56,7 +56,7 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
 
 
 if __name__ == "__main__":
-  for path in sorted(FOLDER.glob("*.ipynb")):
-    if path.stem in sys.argv[1:] or not sys.argv[1:]:
-      print(path.name, flush=True)
-      nbformat.write(execute(path), path)
+  for name in sys.argv[1:] or sorted(path.stem for path in FOLDER.glob("*.ipynb")):
+    path = FOLDER / f"{name}.ipynb"
+    print(path.name, flush=True)
+    nbformat.write(execute(path), path)

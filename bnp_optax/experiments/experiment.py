@@ -30,7 +30,8 @@ class Experiment:
     dataset: Name of the data set.
     batch_sizes: The batch sizes; one panel of the figure each.
     methods: The methods compared.
-    rates: The learning rates to choose from, the same ones for every method.
+    rates: The learning rates to choose from, the same ones for every method. If there is one
+      alone, nothing is chosen, and a method that has a rate in `paper_rates` takes that.
     epochs: How long to train; None for what suits the data set.
     seeds: How many runs of each method.
     selection_epochs: How long the runs train that choose the rate; None for as long as the others.

@@ -59,8 +59,12 @@ class Outcome:
 
   @property
   def early(self) -> np.ndarray:
-    """Mean test accuracy over the first third of the epochs, of each seed."""
-    return self.test_accuracy[: -(-len(self.test_accuracy) // 3)].mean(axis=0)
+    """Mean test accuracy over the first third of the epochs, of each seed.
+
+    Of those before the first decay of the learning rate alone.
+    """
+    third = -(-len(self.test_accuracy) // 3)
+    return self.test_accuracy[: min((*self.decays, third))].mean(axis=0)
 
   @property
   def gain(self) -> np.ndarray:

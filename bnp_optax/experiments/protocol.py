@@ -143,7 +143,7 @@ class Run:
     count = self._lanes(method, batch_size)
     padded = rates + rates[-1:] * (count - len(rates))
     settings = self._experiment.rate_settings(method, batch_size)
-    settings |= {"kind": "trial", "rates": list(rates)}
+    settings |= {"kind": "trial", "rates": list(rates), "lanes": count}
     done = self._results.find(**settings)
     if not (done and done[-1]["ended"]):
       lanes = training.make_lanes([_SELECTION_SEED] * count, padded)

@@ -54,7 +54,7 @@ def _conditioning(
 ) -> dict[str, np.ndarray]:
   records = results.find(**experiment.conditioning_settings(method, batch_size, rate))
   return {
-    name: np.array(values)
+    name: np.array(values, float)
     for record in records
     for name, values in record.items()
     if isinstance(values, list)
@@ -153,12 +153,13 @@ def rates(folder: pathlib.Path) -> tuple[Table, str]:
 
 
 def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, list[Outcome]]:
-  shown, gathered = experiment, []
-  for scale in SCALES:
-    if (folder / experiment.at(scale).folder / FILE).exists():
-      shown = experiment.at(scale)
-      gathered = outcomes(shown, read_results(folder / shown.folder))
-  return shown, gathered
+  for scale in reversed(SCALES):
+    shown = experiment.at(scale)
+    there = (folder / shown.folder / FILE).exists()
+    # A run that has only just begun hides no smaller one.
+    if there and (gathered := outcomes(shown, read_results(folder / shown.folder))):
+      return shown, gathered
+  return experiment, []
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[Table, str]:

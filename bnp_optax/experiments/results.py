@@ -166,13 +166,15 @@ def _git_revision() -> str | None:
   root = pathlib.Path(__file__).parents[2]
   if not (root / ".git").exists():
     return None
+
+  def git(*arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
   try:
-    return subprocess.run(
-      ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-      capture_output=True,
-      text=True,
-      check=True,
-    ).stdout.strip()
+    # Results that are written while this runs change nothing of what makes them.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!notebooks/results")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
   except (OSError, subprocess.CalledProcessError):
     return None
 

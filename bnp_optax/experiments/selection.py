@@ -45,7 +45,8 @@ def chosen(
     with, of which `rate` is the one chosen.
   """
   if len(experiment.rates) == 1 and not method.variants:
-    return method, {"rate": experiment.rates[0], "validation_accuracy": []}
+    rate = experiment.paper_rates.get(method.name, experiment.rates[0])
+    return method, {"rate": rate, "validation_accuracy": []}
   candidates = []
   for variant in method.variants or (method,):
     records = results.find(**experiment.rate_settings(variant, batch_size))

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bnp_optax.experiments import data, figures, report
 from bnp_optax.experiments.checkpoints import Checkpoints
+from bnp_optax.experiments.errors import ExperimentError
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.protocol import Run
 from bnp_optax.experiments.results import Results, open_results, read_results
@@ -64,6 +65,11 @@ def report_claims(folder: pathlib.Path) -> None:
 
 def _show(experiment: Experiment, results: Results, folder: pathlib.Path, console: Console) -> None:
   gathered = report.outcomes(experiment, results)
+  if not gathered:
+    raise ExperimentError(
+      f"{folder} has no complete results of {experiment.name} with these settings: "
+      f"{report.caption(experiment)}"
+    )
   table, markdown = report.tables(experiment, gathered)
   (folder / f"{experiment.name}.md").write_text(markdown)
   console.print(table)

@@ -100,4 +100,5 @@ def _layers(params: Any) -> list[str]:
 
 
 def _kappa(matrix: np.ndarray) -> float:
-  return float(conditioning.condition_number(matrix))
+  # Without epsilons, the deviation of a unit that is dead for long becomes 0.
+  return float(conditioning.condition_number(matrix)) if np.isfinite(matrix).all() else np.nan

@@ -42,7 +42,7 @@ BATCHNORM = _outcome(methods.BATCHNORM, [[10, 10]] * 5 + [[10, 12]])
     (claims.trains("bnp", "batchnorm"), "does not hold", ""),
     (claims.fails("batchnorm"), "holds", "BatchNorm 11.0 (10.0–12.0)"),
     (claims.fails("bnp"), "does not hold", ""),
-    (claims.falls_back("bnp"), "holds", "best 51.0% after epoch 4, last 50.0%"),
+    (claims.falls_back("bnp"), "within the spread", "middle third 50.8 (49.5–52.0), last 50.0"),
     (claims.falls_back("sgd"), "does not hold", ""),
     (claims.falls_back("adam"), "not run", ""),
   ],
@@ -51,6 +51,22 @@ def test_verdicts(judge, verdict, measured):
   judgement = judge([BNP, SGD, BATCHNORM])
   assert judgement.verdict == verdict
   assert measured in judgement.measured
+
+
+def test_overfitting_is_falling_back_from_the_middle_to_the_last_third():
+  outcome = _outcome(methods.BNP, [[30, 32], [40, 41], [50, 52], [52, 51], [50, 50], [49, 51]])
+  judgement = claims.falls_back("bnp")([outcome])
+  assert judgement == ("holds", "middle third 51.2 (51.0–51.5), last 50.0 (49.5–50.5)")
+
+
+def test_one_run_tells_nothing():
+  pair = [_outcome(methods.BNP, [[60]]), _outcome(methods.SGD, [[10]])]
+  assert claims.better("bnp", "sgd")(pair).verdict == "within the spread"
+
+
+def test_the_start_ends_before_the_first_decay():
+  outcome = dataclasses.replace(_outcome(methods.BNP, [[10], [20]] + [[90]] * 10), decays=(2, 8))
+  np.testing.assert_allclose(outcome.early, 0.15)
 
 
 def test_gains_are_counted_from_the_first_decay():

@@ -137,3 +137,14 @@ def test_a_figure_of_nothing_is_one_line(capsys, tmp_path, monkeypatch):
     "bnp-optax: no results in bnp_optax_results/fig3-left-mnist-laptop"
   )
   assert captured.err.count("\n") == 1
+
+
+def test_a_run_that_has_only_begun_hides_no_smaller_one(tmp_path):
+  for scale in ("laptop", "paper"):
+    (tmp_path / f"fig4-left-cifar10-{scale}").mkdir()
+  lines = (RESULTS / "fig4-left-cifar10-laptop" / FILE).read_text()
+  (tmp_path / "fig4-left-cifar10-laptop" / FILE).write_text(lines)
+  (tmp_path / "fig4-left-cifar10-paper" / FILE).write_text(lines.splitlines()[0] + "\n")
+  rows = [row for row in report.claims(tmp_path)[1].splitlines() if row.startswith("| fig4-left")]
+  assert rows
+  assert not [row for row in rows if "not run" in row]

@@ -47,3 +47,13 @@ def test_one_rate_is_no_choice(tmp_path):
   with open_results(tmp_path, []) as results:
     method, record = selection.chosen(experiment, results, methods.BNP, 6)
   assert (method, record["rate"]) == (methods.BNP, 0.1)
+
+
+def test_a_single_rate_gives_way_to_the_one_that_the_paper_states(tmp_path):
+  experiment = EXPERIMENTS["fig6-right"]
+  with open_results(tmp_path, []) as results:
+    rates = {
+      method.name: selection.chosen(experiment, results, method, 128)[1]["rate"]
+      for method in experiment.methods
+    }
+  assert rates == {"batchnorm": 0.1, "groupnorm": 0.1, "bnp": 0.01, "bnp_groupnorm": 0.1}
