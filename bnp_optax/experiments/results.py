@@ -123,6 +123,15 @@ def open_results(folder: pathlib.Path, command: list[str]) -> Iterator[Results]:
     yield Results(path, file, command)
 
 
+@contextlib.contextmanager
+def writing_to(folder: pathlib.Path) -> Iterator[None]:
+  """Within this context, that a table or a picture cannot be written is an error in one line."""
+  try:
+    yield
+  except OSError as error:
+    raise ExperimentError(f"cannot write to {folder}: {error.strerror}") from error
+
+
 def read_results(folder: pathlib.Path) -> Results:
   """The results in a folder as they are now, even while another process adds to them.
 

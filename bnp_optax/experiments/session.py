@@ -11,7 +11,7 @@ from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.errors import ExperimentError
 from bnp_optax.experiments.experiment import Experiment
 from bnp_optax.experiments.protocol import Run
-from bnp_optax.experiments.results import Results, open_results, read_results
+from bnp_optax.experiments.results import Results, open_results, read_results, writing_to
 
 
 def run(experiment: Experiment, folder: pathlib.Path) -> None:
@@ -60,7 +60,8 @@ def report_claims(folder: pathlib.Path) -> None:
     table, markdown = tabulate(folder)
     console.print(table)
     if folder.is_dir():
-      (folder / f"{name}.md").write_text(markdown)
+      with writing_to(folder):
+        (folder / f"{name}.md").write_text(markdown)
 
 
 def _show(experiment: Experiment, results: Results, folder: pathlib.Path, console: Console) -> None:
@@ -70,15 +71,16 @@ def _show(experiment: Experiment, results: Results, folder: pathlib.Path, consol
       f"{folder} has no complete results of {experiment.name} with these settings: "
       f"{report.caption(experiment)}"
     )
-  table, markdown = report.tables(experiment, gathered)
-  (folder / f"{experiment.name}.md").write_text(markdown)
-  console.print(table)
+  tables = {experiment.name: report.tables(experiment, gathered)}
   if experiment.picture == "batch_sizes":
-    table, markdown = report.plateaus(experiment, gathered)
-    (folder / f"{experiment.name}-plateaus.md").write_text(markdown)
+    tables[f"{experiment.name}-plateaus"] = report.plateaus(experiment, gathered)
+  for table, _ in tables.values():
     console.print(table)
-  for picture in figures.draw(experiment, gathered, folder):
-    console.print(f"picture: {picture}", soft_wrap=True)
+  with writing_to(folder):
+    for name, (_, markdown) in tables.items():
+      (folder / f"{name}.md").write_text(markdown)
+    for picture in figures.draw(experiment, gathered, folder):
+      console.print(f"picture: {picture}", soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:

@@ -24,7 +24,7 @@ from rich.console import Console
 import bnp_optax
 from bnp_optax.experiments import step_time_report
 from bnp_optax.experiments.methods import SGD, Method
-from bnp_optax.experiments.results import Record, Results, open_results, read_results
+from bnp_optax.experiments.results import Record, Results, open_results, read_results, writing_to
 from bnp_optax.experiments.step_time_cells import CLASSES, Cell, cells
 
 NAME = "step-time"
@@ -199,6 +199,7 @@ def _show(scale: str, results: Results, folder: pathlib.Path, console: Console) 
   for table, text in step_time_report.tables(measured):
     markdown.append(text)
     console.print(table)
-  (folder / f"{NAME}.md").write_text("\n".join(markdown))
-  if picture := step_time_report.draw(measured, folder):
-    console.print(f"picture: {picture}", soft_wrap=True)
+  with writing_to(folder):
+    (folder / f"{NAME}.md").write_text("\n".join(markdown))
+    if picture := step_time_report.draw(measured, folder):
+      console.print(f"picture: {picture}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """What a full disk, a kill or a damaged file does to an experiment: one line, and nothing lost."""
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import json
@@ -12,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from bnp_optax.experiments import data
+from bnp_optax.experiments import data, session
 from bnp_optax.experiments.checkpoints import Checkpoints
 from bnp_optax.experiments.errors import DataError, ExperimentError
+from bnp_optax.experiments.registry import EXPERIMENTS
 from bnp_optax.experiments.results import FILE, open_results
 
+RESULTS = pathlib.Path(__file__).parents[2] / "notebooks" / "results"
 SETTINGS = {"method": "bnp", "seeds": [1, 2]}
 
 
@@ -157,3 +160,25 @@ def test_a_read_only_cache_folder(tmp_path, monkeypatch):
   monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
   with pytest.raises(DataError, match=r"mnist.* \(.*Read-only file system\).*BNP_OPTAX_DATA"):
     data.load("mnist")
+
+
+def test_a_folder_that_tables_cannot_be_written_to(tmp_path, monkeypatch, capsys):
+  """What can be shown is shown first."""
+  folder = RESULTS / "fig9-cifar10-laptop"
+
+  def refuse(*args, **kwargs):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+  monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+  with pytest.raises(ExperimentError, match=r"cannot write to .*fig9.*: Read-only file system"):
+    session.draw(EXPERIMENTS["fig9"].at("laptop"), folder)
+  assert "BatchNorm" in capsys.readouterr().out
+
+
+def test_settings_without_results_leave_the_tables_as_they_are():
+  folder = RESULTS / "fig9-cifar10-laptop"
+  other = dataclasses.replace(EXPERIMENTS["fig9"].at("laptop"), epochs=7)
+  before = (folder / "fig9.md").read_text()
+  with pytest.raises(ExperimentError, match=r"no complete results of fig9 .*7 epochs"):
+    session.draw(other, folder)
+  assert (folder / "fig9.md").read_text() == before
