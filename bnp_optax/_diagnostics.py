@@ -96,7 +96,7 @@ class Diagnostics:
       values = (float(getattr(self, column)[i]) for column in columns)
       numbers = ("-" if np.isnan(x) else f"{x:.3g}" for x in values)
       lines.append((name, f"{float(self.rows[i]):.0f}", dead, *numbers, note))
-    return plain_table(lines)
+    return plain_table(lines, right=lines[0][1:-1])
 
 
 def diagnose(

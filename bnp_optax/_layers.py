@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._statistics import TWO_MEANINGS
+from bnp_optax._table import plain_table
 
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -126,17 +127,10 @@ class Layers(Mapping[Path, KernelLayout]):
       )
       for row in self.rows
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    align = (str.ljust, str.ljust, str.ljust, str.ljust, str.rjust, str.ljust)
-    table = [
-      "  ".join(a(x, w) for a, x, w in zip(align, line, widths, strict=True)).rstrip()
-      for line in lines
-    ]
-    table.insert(1, "-" * max(map(len, table)))
     inside = sum(row.size for row in self.rows if row.layout is not None)
     total = sum(row.size for row in self.rows)
-    table.append(f"{len(self)} layers, {inside:,} of {total:,} parameters")
-    return "\n".join(table)
+    table = plain_table(lines, right={"positions"})
+    return f"{table}\n{len(self)} layers, {inside:,} of {total:,} parameters"
 
   __repr__ = __str__
 

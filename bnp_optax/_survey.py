@@ -66,7 +66,7 @@ class Survey:
       for x in self.layers
     ]
     missing = [f"{'/'.join(x.path)}: {x.note}" for x in self.table.rows if not x.covered]
-    return "\n".join([plain_table(lines), *missing])
+    return "\n".join([plain_table(lines, right=lines[0][1:]), *missing])
 
   __repr__ = __str__
 
