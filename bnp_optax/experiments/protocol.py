@@ -113,9 +113,9 @@ class Run:
     if self._results.find(**settings):
       return
     self._describe(method, batch_size, "choosing the rate")
-    size = self._lanes(method, batch_size)
-    stacks = [rates[start : start + size] for start in range(0, len(rates), size)]
-    tried = [self._try_rates(method, batch_size, stack) for stack in stacks]
+    tried = [
+      self._try_rates(method, batch_size, stack) for stack in self._stacks(method, batch_size)
+    ]
     accuracy, loss, diverged = (np.concatenate(parts) for parts in zip(*tried, strict=True))
     held_out = len(self._held_out.labels)
     rate = rates[selection.winner(accuracy, loss, diverged, held_out)]
@@ -136,14 +136,24 @@ class Run:
     # With as many lanes as there are seeds, one compiled program serves here and in `_train`.
     return self._experiment.seeds if self._setup(method, batch_size).stacked else 1
 
+  def _stacks(self, method: Method, batch_size: int) -> list[tuple[float, ...]]:
+    rates, size = self._experiment.rates, self._lanes(method, batch_size)
+    return [rates[start : start + size] for start in range(0, len(rates), size)]
+
+  def _trial_settings(
+    self, method: Method, batch_size: int, rates: tuple[float, ...]
+  ) -> dict[str, Any]:
+    settings = self._experiment.rate_settings(method, batch_size)
+    lanes = self._lanes(method, batch_size)
+    return settings | {"kind": "trial", "rates": list(rates), "lanes": lanes}
+
   def _try_rates(
     self, method: Method, batch_size: int, rates: tuple[float, ...]
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Accuracy and loss on the held-out images, and whether training diverged, of each rate."""
     count = self._lanes(method, batch_size)
     padded = rates + rates[-1:] * (count - len(rates))
-    settings = self._experiment.rate_settings(method, batch_size)
-    settings |= {"kind": "trial", "rates": list(rates), "lanes": count}
+    settings = self._trial_settings(method, batch_size, rates)
     done = self._results.find(**settings)
     if not (done and done[-1]["ended"]):
       lanes = training.make_lanes([_SELECTION_SEED] * count, padded)
@@ -178,6 +188,7 @@ class Run:
         outcome |= {"epoch": epoch, "ended": ended, "diverged": diverged.tolist()}
         self._results.append(settings | outcome)
       if ended:
+        self._worked(setup.batch_size, (length - epoch) * len(lanes.seeds) * setup.steps)
         return
 
   def _epochs(
@@ -262,10 +273,17 @@ class Run:
       settings = experiment.epoch_settings(chosen[0], batch_size, chosen[1]["rate"])
       epochs -= experiment.seeds * min(experiment.length, len(self._results.find(**settings)))
     else:
-      lanes = self._lanes(method, batch_size)
-      tries = -(-len(experiment.rates) // lanes) * lanes * max(1, len(method.variants))
-      epochs += tries * experiment.selection_length
+      epochs += sum(
+        self._lanes(variant, batch_size) * self._trial_left(variant, batch_size, stack)
+        for variant in method.variants or (method,)
+        if not self._results.find(**experiment.rate_settings(variant, batch_size))
+        for stack in self._stacks(variant, batch_size)
+      )
     return _work(batch_size, epochs * (len(self._fit.labels) // batch_size))
+
+  def _trial_left(self, method: Method, batch_size: int, rates: tuple[float, ...]) -> int:
+    done = self._results.find(**self._trial_settings(method, batch_size, rates))
+    return 0 if done and done[-1]["ended"] else self._experiment.selection_length - len(done)
 
 
 def _work(batch_size: int, steps: int) -> int:

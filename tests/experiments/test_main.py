@@ -138,7 +138,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     patch.setattr(training, "train_epoch", stopping)
     assert call(*arguments, "stopped") == 130
   assert capsys.readouterr().err.count("\n") == 1
+  bars = []
+  progress = session._progress
+  monkeypatch.setattr(
+    session, "_progress", lambda console: bars.append(progress(console)) or bars[-1]
+  )
   assert call(*arguments, "stopped") == 0
+  (task,) = bars[0].tasks
+  assert task.completed == task.total > 0
   for kind in ("rate", "epoch"):
     undisturbed = _records(tmp_path / "undisturbed", kind)
     assert _records(tmp_path / "stopped", kind) == undisturbed
