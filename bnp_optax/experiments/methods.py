@@ -139,7 +139,7 @@ CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#DDCC77", "*", _c
 BATCHRENORM = Method(
   "batchrenorm", "Batch Renorm", "#88CCEE", "8", optax.sgd, norm=models.batch_renorm
 )
-GROUPNORM = Method("groupnorm", "GroupNorm", "#009E73", "D", optax.sgd, norm=models.group_norm)
+GROUPNORM = Method("groupnorm", "GroupNorm", "#882255", "d", optax.sgd, norm=models.group_norm)
 BNP_GROUPNORM = Method(
   "bnp_groupnorm", "BNP + GroupNorm", "#332288", "p", optax.sgd, "before", models.group_norm
 )

@@ -22,7 +22,7 @@ _FEW = (SGD, methods.BATCHNORM, methods.BNP, methods.ADAM, methods.BNP_ADAM)
 _MANY = (
   *_FEW,
   methods.LAYERNORM,
-  dataclasses.replace(methods.GROUPNORM, colour="#882255", marker="p"),
+  methods.GROUPNORM,
   methods.MOMENTUM,
   methods.BNP_MOMENTUM,
   BNP_SGD,
