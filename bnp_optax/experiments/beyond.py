@@ -60,6 +60,7 @@ BATCH_SIZES_FC = Experiment(
     methods.LAYERNORM,
     methods.BNP,
     methods.ADAM,
+    methods.ADAMW,
     methods.BNP_ADAM,
     methods.CLIPPED_SGD,
     methods.MUON,
