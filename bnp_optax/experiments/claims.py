@@ -97,6 +97,8 @@ def falls_back(method: str) -> Judge:
     outcome = find(outcomes, method, None)
     if outcome is None:
       return _not_run(method)
+    if len(outcome.test_accuracy) < 3:
+      return Judgement("within the spread", "fewer than three epochs")
     _, middle, last = (x.mean(axis=0) for x in np.array_split(outcome.test_accuracy, 3))
     verdict = _is_above(middle - last, np.zeros_like(middle))
     return Judgement(verdict, f"middle third {percent(middle)}, last {percent(last)}")

@@ -59,6 +59,11 @@ def test_overfitting_is_falling_back_from_the_middle_to_the_last_third():
   assert judgement == ("holds", "middle third 51.2 (51.0–51.5), last 50.0 (49.5–50.5)")
 
 
+def test_a_single_epoch_cannot_fall_back():
+  judgement = claims.falls_back("bnp")([_outcome(methods.BNP, [[30, 32]])])
+  assert judgement == ("within the spread", "fewer than three epochs")
+
+
 def test_one_run_tells_nothing():
   pair = [_outcome(methods.BNP, [[60]]), _outcome(methods.SGD, [[10]])]
   assert claims.better("bnp", "sgd")(pair).verdict == "within the spread"

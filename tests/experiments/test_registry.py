@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from bnp_optax.experiments import data, imagenet, training
+from bnp_optax.experiments import data, evaluation, imagenet, training
 from bnp_optax.experiments.__main__ import main
 from bnp_optax.experiments.evaluation import evaluate
 from bnp_optax.experiments.experiment import SCALES
@@ -82,7 +82,7 @@ def test_what_cannot_be_had_takes_real_steps_on_files_of_its_format(
   name, make, parameters, tmp_path, monkeypatch
 ):
   monkeypatch.setenv("BNP_OPTAX_DATA", str(tmp_path))
-  monkeypatch.setattr(training, "_EVALUATED_AT_ONCE", 4)
+  monkeypatch.setattr(evaluation, "_AT_ONCE", 4)
   paper, smoke = EXPERIMENTS[name], EXPERIMENTS[name].at("smoke")
   make(tmp_path / paper.dataset)
   if paper.dataset == "cifar100":
@@ -100,8 +100,8 @@ def test_what_cannot_be_had_takes_real_steps_on_files_of_its_format(
     *(setup, state, lanes, 1, images, dataset.y_train[rows]), on_steps=lambda steps: None
   )
   assert np.isfinite(loss).all()
-  evaluation = evaluate(setup, state, dataset.x_test.take(rows, axis=0), dataset.y_test[rows])
-  assert np.isfinite(evaluation.loss).all()
+  scores = evaluate(setup, state, dataset.x_test.take(rows, axis=0), dataset.y_test[rows])
+  assert np.isfinite(scores.loss).all()
   full = paper.setup(paper.methods[0], 4, 8, dataset.classes).model
   shapes = jax.eval_shape(
     lambda: full.init(jax.random.key(0), np.zeros((1, 32, 32, 3)), train=False)
