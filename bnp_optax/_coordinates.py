@@ -129,8 +129,8 @@ def bnp(
 
 def _refuse_copies_of_parameters(inner: optax.GradientTransformation, params: optax.Params) -> None:
   """Raises ValueError if what `inner` keeps depends on the values of the parameters."""
-  jaxpr = jax.make_jaxpr(inner.init)(params).jaxpr
-  state = jax.eval_shape(inner.init, params)
+  closed, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
+  jaxpr = closed.jaxpr
   kinds = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
   lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in kinds)
   used = {id(x) for x in jaxpr.outvars}.union(id(x) for eqn in jaxpr.eqns for x in eqn.invars)

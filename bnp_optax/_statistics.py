@@ -151,11 +151,11 @@ def layer_statistics(
     here = jnp.expand_dims(mask, range(mask.ndim, h.ndim))
     h = jnp.where(here, h, 0)
     counted = whole(weight * jnp.sum(mask, dtype=dtype))
-  total = whole(weight * jnp.sum(h, leading))
-  deviation = jnp.where(here, h - jnp.expand_dims(total / counted, leading), 0)
-  shape = total.shape[:-1]
   # A part of a batch may be padding alone, and must not spoil the sum.
   rows_there = jnp.where(counted > 0, counted, 1)
+  total = whole(weight * jnp.sum(h, leading))
+  deviation = jnp.where(here, h - jnp.expand_dims(total / rows_there, leading), 0)
+  shape = total.shape[:-1]
   return LayerStatistics(
     examples=jnp.broadcast_to(jnp.asarray(whole(examples), dtype), shape),
     rows=jnp.broadcast_to(counted, shape),

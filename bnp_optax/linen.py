@@ -17,8 +17,8 @@ from flax.linen import recurrent
 import jax
 import jax.numpy as jnp
 
-from bnp_optax import _calls
-from bnp_optax._calls import Call, call_statistics, read
+from bnp_optax import _calls, _readers
+from bnp_optax._calls import Call, call_statistics
 from bnp_optax._layers import (
   Layers,
   make_layers,
@@ -33,14 +33,14 @@ from bnp_optax._statistics import AxisName, LayerStatistics, NoStatistics, merge
 _READERS = {
   inspect.unwrap(layer.__call__): reader
   for layer, reader in (
-    (nn.Dense, _calls.dense),
-    (nn.DenseGeneral, _calls.dense_general),
-    (nn.Einsum, _calls.einsum),
-    (nn.Conv, _calls.conv),
-    (nn.ConvLocal, _calls.conv),
-    (nn.ConvTranspose, _calls.conv_transpose),
+    (nn.Dense, _readers.dense),
+    (nn.DenseGeneral, _readers.dense_general),
+    (nn.Einsum, _readers.einsum),
+    (nn.Conv, _readers.conv),
+    (nn.ConvLocal, _readers.conv),
+    (nn.ConvTranspose, _readers.conv_transpose),
     # OptimizedLSTMCell hands its inputs to these and multiplies them itself.
-    (recurrent.DenseParams, _calls.dense),
+    (recurrent.DenseParams, _readers.dense),
   )
 }
 
@@ -246,7 +246,7 @@ def _reporting(
       outputs = next_fun(*args, **kwargs)
     if reader := _READERS.get(function):
       method = functools.partial(function, module)
-      for call in read(reader, module, exact_windows, outputs, method, args, kwargs):
+      for call in _readers.read(reader, module, exact_windows, outputs, method, args, kwargs):
         if (seen := see(module, call)) is not None:
           _calls.sow(module, "intermediates", call, seen, merge)
     return outputs

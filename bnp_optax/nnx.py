@@ -14,8 +14,8 @@ from typing import Any
 from flax import nnx
 import jax
 
-from bnp_optax import _calls
-from bnp_optax._calls import Call, call_statistics, read
+from bnp_optax import _calls, _readers
+from bnp_optax._calls import Call, call_statistics
 from bnp_optax._layers import (
   Layers,
   make_layers,
@@ -42,11 +42,11 @@ def _lora(layer: nnx.LoRA, outputs: Any, exact_windows: bool, x: jax.Array) -> l
 
 
 _READERS: dict[type[nnx.Module], Callable[..., list[Call]]] = {
-  nnx.Linear: _calls.dense,
-  nnx.LinearGeneral: _calls.dense_general,
-  nnx.Einsum: _calls.einsum,
-  nnx.Conv: _calls.conv,
-  nnx.ConvTranspose: _calls.conv_transpose,
+  nnx.Linear: _readers.dense,
+  nnx.LinearGeneral: _readers.dense_general,
+  nnx.Einsum: _readers.einsum,
+  nnx.Conv: _readers.conv,
+  nnx.ConvTranspose: _readers.conv_transpose,
   nnx.LoRA: _lora,
 }
 
@@ -268,7 +268,7 @@ def _reporting_call(
     if (reporter := _reporter.get()) is not None:
       report, exact_windows = reporter
       method = original.__get__(self)
-      for call in read(reader, self, exact_windows, outputs, method, args, kwargs):
+      for call in _readers.read(reader, self, exact_windows, outputs, method, args, kwargs):
         report(self, call)
     return outputs
 

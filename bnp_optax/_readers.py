@@ -1,0 +1,237 @@
+"""How each kind of linear layer is read: what it was given becomes a `Call`.
+
+Each function here reads one kind of layer: from what the layer was given it makes the rows of
+:math:`H` and says which axes of its kernel are what. The layers of `flax.linen` and `flax.nnx` name
+their options alike, so one reader serves both.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import inspect
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnp_optax._calls import Call
+from bnp_optax._layout import KernelLayout
+
+
+def dense(layer: Any, outputs: Any, exact_windows: bool, inputs: jax.Array) -> list[Call]:
+  """Dense, Linear: every vector along the last axis is a row."""
+  del layer, outputs, exact_windows
+  return [Call(KernelLayout(), inputs)]
+
+
+def dense_general(
+  layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
+) -> list[Call]:
+  """DenseGeneral, LinearGeneral: several input and output axes, flattened; batch axes stack."""
+  del exact_windows
+  # nnx names the batch axes in a mapping to their sizes.
+  batch = layer.batch_dims if hasattr(layer, "batch_dims") else list(layer.batch_axis)
+  batch, feature = (
+    sorted(axis % inputs.ndim for axis in np.atleast_1d(np.asarray(x, int)).tolist())
+    for x in (batch, layer.axis)
+  )
+  leading = [axis for axis in range(inputs.ndim) if axis not in (*batch, *feature)]
+  h = inputs.transpose(*leading, *batch, *feature)
+  h = h.reshape(*h.shape[: len(leading) + len(batch)], -1)
+  counts = len(batch), len(feature), outputs.ndim - len(leading) - len(batch)
+  return [Call(_consecutive(*counts), h, stack=len(batch))]
+
+
+def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array) -> list[Call]:
+  """Conv, ConvLocal: a row an output position."""
+  window = len(np.atleast_1d(layer.kernel_size))
+  rows = math.prod(outputs.shape[:-1])
+  if not getattr(layer, "shared_weights", True):
+    # Every output position has a kernel of its own, and its own statistics.
+    layout = _consecutive(window, 1, 1)
+    h, stack, rows = _windows(layer, inputs, channel_major=True), window, None
+  else:
+    layout = dataclasses.replace(
+      KernelLayout.by_convention(window + 2),
+      groups=layer.feature_group_count,
+      exact_windows=exact_windows,
+    )
+    h, stack = _dilated(inputs, _per_axis(layer.input_dilation, window)), 0
+    if exact_windows:
+      h = _windows(layer, inputs, channel_major=False)
+  batched = inputs.ndim > window + 1
+  return [Call(layout, h, stack, rows, problem=_masked_weights(layer), batched=batched)]
+
+
+def conv_transpose(
+  layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
+) -> list[Call]:
+  """ConvTranspose: a convolution over the inputs with zeros between them."""
+  window = len(np.atleast_1d(layer.kernel_size))
+  # With circular padding, which wraps the outputs, several windows make a row.
+  exact_windows = exact_windows and layer.padding != "CIRCULAR"
+  layout = dataclasses.replace(KernelLayout.by_convention(window + 2), exact_windows=exact_windows)
+  if layer.transpose_kernel:
+    layout = dataclasses.replace(layout, feature=layout.output, output=layout.feature)
+  if exact_windows:
+    h, rows = _transposed_windows(layer, inputs), None
+  else:
+    h = _dilated(inputs, _per_axis(layer.strides, window))
+    rows = math.prod(outputs.shape[:-1])
+  batched = inputs.ndim > window + 1
+  return [Call(layout, h, rows=rows, problem=_masked_weights(layer), batched=batched)]
+
+
+def einsum(
+  layer: Any,
+  outputs: jax.Array,
+  exact_windows: bool,
+  inputs: jax.Array,
+  einsum_str: str | None = None,
+) -> list[Call]:
+  """Einsum: axes of the inputs alone are rows, axes of all three are a stack."""
+  del outputs, exact_windows
+  equation = (einsum_str or layer.einsum_str).replace(" ", "")
+  given, result = equation.split("->")
+  given, kernel = given.split(",")
+  spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+  ellipsis = "".join(spare[: inputs.ndim - len(given.replace("...", ""))])
+  given, result = given.replace("...", ellipsis), result.replace("...", ellipsis)
+  problem = ""
+  if "..." in kernel:
+    problem = "the kernel has an ellipsis"
+  elif any(len(set(x)) < len(x) for x in (given, kernel, result)):
+    problem = "an axis appears twice in one operand"
+  elif alone := [c for c in kernel if c not in given + result]:
+    problem = f"the kernel's axis {alone[0]!r} is summed alone, so its rows are not defined"
+  leading = [c for c in given if c in result and c not in kernel]
+  stack = [c for c in result if c in given and c in kernel]
+  feature = [c for c in kernel if c not in result]
+  output = [c for c in result if c in kernel and c not in given]
+  if [c for c in result if c in kernel] != stack + output:
+    problem = problem or "an output axis stands before a batch axis of the kernel"
+  if problem:
+    return [Call(KernelLayout(), inputs, problem=f"in {equation!r} {problem}")]
+  # A sum over an axis of the inputs alone is the same before the kernel as after it.
+  h = jnp.einsum(f"{given}->{''.join(leading + stack + feature)}", inputs)
+  h = h.reshape(*h.shape[: len(leading) + len(stack)], -1)
+  axes = (tuple(kernel.index(c) for c in letters) for letters in (stack, feature, output))
+  layout = KernelLayout(**dict(zip(("stack", "feature", "output"), axes, strict=True)))
+  return [Call(layout, h, stack=len(stack))]
+
+
+def read(
+  reader: Callable[..., list[Call]],
+  layer: Any,
+  exact_windows: bool,
+  outputs: Any,
+  method: Callable[..., Any],
+  args: tuple[Any, ...],
+  kwargs: Mapping[str, Any],
+) -> list[Call]:
+  """The calls that ``outputs = method(*args, **kwargs)`` of a layer was."""
+  arguments = inspect.signature(method).bind(*args, **kwargs).arguments
+  inputs = jnp.asarray(next(iter(arguments.values())))
+  # Among what else a layer may be given, only this changes the meaning of its kernel.
+  options = {k: v for k, v in arguments.items() if k == "einsum_str"}
+  calls = reader(layer, outputs, exact_windows, inputs, **options)
+  if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
+    problem = f"BNP is defined for real inputs, found {inputs.dtype}"
+    return [dataclasses.replace(call, problem=problem) for call in calls]
+  return calls
+
+
+def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:
+  """A kernel whose axes are stack, feature and output, in this order."""
+  axes = iter(range(stack + feature + output))
+  take = (tuple(itertools.islice(axes, n)) for n in (stack, feature, output))
+  return KernelLayout(**dict(zip(("stack", "feature", "output"), take, strict=True)))
+
+
+def _masked_weights(layer: Any) -> str:
+  return "" if layer.mask is None else "its kernel is masked: not every entry is a weight"
+
+
+def _per_axis(x: Any, window: int) -> tuple[int, ...]:
+  return tuple(np.broadcast_to(1 if x is None else x, window).tolist())
+
+
+def _dilated(inputs: jax.Array, dilation: tuple[int, ...]) -> jax.Array:
+  """The map that the kernel slides over: the inputs with ``dilation - 1`` zeros between them."""
+  interior = (0,) * (inputs.ndim - 1 - len(dilation)) + tuple(d - 1 for d in dilation) + (0,)
+  if not any(interior) or inputs.size == 0:
+    return inputs
+  return jax.lax.pad(inputs, jnp.zeros((), inputs.dtype), [(0, 0, i) for i in interior])
+
+
+def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array:
+  """The rows of ``H`` themselves, ``[*batch, *positions, entries]``, zeros of the padding included.
+
+  The entries are (group, window, feature), or if ``channel_major`` (feature, window), which is how
+  ConvLocal lays out its kernel.
+  """
+  kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
+  window, channels = len(kernel_size), inputs.shape[-1]
+  batch, h = _maps(inputs, window)
+  dilation = _per_axis(layer.kernel_dilation, window)
+  padding: Any = layer.padding
+  reach = [(k - 1) * d for k, d in zip(kernel_size, dilation, strict=True)]
+  if padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+    sides = [(r, 0) if padding == "CAUSAL" else (r // 2, (r + 1) // 2) for r in reach]
+    mode = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}[padding]
+    h, padding = jnp.pad(h, [(0, 0), *sides, (0, 0)], mode), "VALID"
+  else:
+    padding = _sides(padding, window)
+  letters = "DHW"[3 - window :] if window <= 3 else "".join(map(chr, range(65, 65 + window)))
+  h = jax.lax.conv_general_dilated_patches(
+    h,
+    kernel_size,
+    _per_axis(layer.strides, window),
+    padding,
+    lhs_dilation=_per_axis(layer.input_dilation, window),
+    rhs_dilation=dilation,
+    dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  positions = h.shape[1:-1]
+  if not channel_major:
+    groups = layer.feature_group_count
+    h = h.reshape(*h.shape[:-1], groups, channels // groups, math.prod(kernel_size))
+    h = jnp.moveaxis(h, -1, -2)
+  return h.reshape(*batch, *positions, -1)
+
+
+def _transposed_windows(layer: Any, inputs: jax.Array) -> jax.Array:
+  """The rows of ``H`` of a transposed convolution: its outputs for every kernel with a single 1."""
+  kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
+  window, features = len(kernel_size), inputs.shape[-1]
+  batch, h = _maps(inputs, window)
+  entries = math.prod(kernel_size) * features
+  kernel = jnp.eye(entries, dtype=h.dtype).reshape(*kernel_size, features, entries)
+  h = jax.lax.conv_transpose(
+    h,
+    jnp.swapaxes(kernel, -1, -2) if layer.transpose_kernel else kernel,
+    _per_axis(layer.strides, window),
+    _sides(layer.padding, window),
+    rhs_dilation=_per_axis(layer.kernel_dilation, window),
+    transpose_kernel=layer.transpose_kernel,
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  return h.reshape(*batch, *h.shape[1:])
+
+
+def _maps(inputs: jax.Array, window: int) -> tuple[tuple[int, ...], jax.Array]:
+  """The batch axes, and the inputs as floating-point maps ``[batch, *space, channels]``."""
+  batch = inputs.shape[: -window - 1]
+  h = inputs.reshape(math.prod(batch), *inputs.shape[-window - 1 :])
+  return batch, h if jnp.issubdtype(h.dtype, jnp.inexact) else h.astype(jnp.float32)
+
+
+def _sides(padding: Any, window: int) -> Any:
+  """Padding as JAX takes it: a name, or a pair for each axis of the window."""
+  if isinstance(padding, str):
+    return padding
+  sides = (padding,) * window if isinstance(padding, int) else padding
+  return [(p, p) if isinstance(p, int) else tuple(p) for p in sides]
