@@ -5,14 +5,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from bnp_optax import conditioning, linen, normalization
-from bnp_optax._coordinates import BnpState, bnp
-from bnp_optax._statistics import LayerStatistics
-from bnp_optax._transform import ScaleByBnpState, scale_by_bnp
+from bnp_optax._layers import Layers
+from bnp_optax._layout import KernelLayout
+from bnp_optax._running import ScaleByBnpState
+from bnp_optax._statistics import LayerStatistics, layer_statistics
+from bnp_optax._transform import BnpState, bnp, scale_by_bnp
 
 if TYPE_CHECKING:
   from bnp_optax import nnx
 else:
-  # Flax itself does not import NNX, which adds a sixth to the time that all other imports take.
+  # Flax does not import NNX by itself. It would add a sixth to the import time of this package.
   def __getattr__(name: str) -> ModuleType:
     if name == "nnx":
       return importlib.import_module("bnp_optax.nnx")
@@ -26,10 +28,13 @@ __version__ = "0.1.0"
 
 __all__ = [
   "BnpState",
+  "KernelLayout",
   "LayerStatistics",
+  "Layers",
   "ScaleByBnpState",
   "bnp",
   "conditioning",
+  "layer_statistics",
   "linen",
   "nnx",
   "normalization",

@@ -1,4 +1,4 @@
-"""Which axes of a kernel are what, and the one canonical form that all layers share.
+"""The meaning of each kernel axis, and the canonical form that all layers share.
 
 Every linear layer is a stack of linear maps, ``W[stack, window, feature, output]``:
 
@@ -24,9 +24,10 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-  """Which axes of a kernel are stack, window, feature and output.
+  """The role of each kernel axis: stack, window, feature or output.
 
   >>> import jax.numpy as jnp
+  >>> from bnp_optax import KernelLayout
   >>> conv = KernelLayout.by_convention(4)
   >>> conv
   KernelLayout(stack=(), window=(0, 1), feature=(2,), output=(3,), groups=1, exact_windows=False, \
@@ -36,17 +37,18 @@ calls=(), bias='bias')
   ((1, 9, 16, 32), (1, 32))
 
   Attributes:
-    stack: axes along which independent linear maps lie; they lead, in the bias and in the
+    stack: Axes along which independent linear maps lie. They lead in the bias and in the
       statistics too.
-    window: the axes of a convolution's kernel positions.
-    feature: the axes of the inputs of one linear map.
-    output: the axes of its outputs.
-    groups: into how many independent linear maps the outputs are split (``feature_group_count``).
-    exact_windows: one mean and variance for each kernel entry (eqs. 19 and 20) instead of one for
-      all positions of the window (eqs. 21 and 22).
-    calls: leading axes of the statistics, not of the kernel, along which one and the same kernel
-      was called: a scan over time. Their rows add, their examples are the same.
-    bias: the name of the leaf beside the kernel that is the layer's bias, where there is one.
+    window: Axes of a convolution's kernel positions.
+    feature: Axes of the inputs of one linear map.
+    output: Axes of its outputs.
+    groups: Number of independent linear maps that the outputs are split into
+      (``feature_group_count``).
+    exact_windows: Whether each kernel entry has its own mean and variance (eqs. 19 and 20) instead
+      of one for all positions of the window (eqs. 21 and 22).
+    calls: Leading axes of the statistics, not of the kernel, along which the same kernel was
+      called, for example by a scan over time. Their rows add; their examples are the same.
+    bias: Name of the bias leaf beside the kernel. The layer may have none.
   """
 
   stack: tuple[int, ...] = ()
@@ -60,7 +62,7 @@ calls=(), bias='bias')
 
   @classmethod
   def by_convention(cls, ndim: int) -> "KernelLayout":
-    """The layout of Flax's Dense and Conv: features at axis -2, outputs at -1, window before."""
+    """Return the layout of Flax's Dense and Conv: window first, features at -2, outputs at -1."""
     return cls(window=tuple(range(ndim - 2)), feature=(ndim - 2,), output=(ndim - 1,))
 
   def _sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -76,17 +78,18 @@ calls=(), bias='bias')
 
   @property
   def ndim(self) -> int:
-    """The number of axes of the kernel."""
+    """Number of axes of the kernel."""
     return len(self._permutation)
 
   def stacked(self, axes: Sequence[int]) -> "KernelLayout":
-    """The layout of this kernel after the insertion of stack axes, the outermost stack first.
+    """Return the layout after the insertion of stack axes, the outermost stack first.
 
+    >>> from bnp_optax import KernelLayout
     >>> KernelLayout.by_convention(2).stacked([0]).stack
     (0,)
 
     Args:
-      axes: where the axes lie in the kernel with all of them.
+      axes: Positions of the new axes in the kernel that has all of them.
     """
     rest = [axis for axis in range(self.ndim + len(axes)) if axis not in axes]
     stack, window, feature, output = (
@@ -98,7 +101,7 @@ calls=(), bias='bias')
     )
 
   def statistics_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the layer's mean and variance.
+    """Return the shape of the layer's mean and variance.
 
     It is ``[*stack, groups * features]``, or with `exact_windows`
     ``[*stack, groups * window * features]``.
@@ -108,13 +111,13 @@ calls=(), bias='bias')
     return (*(kernel_shape[axis] for axis in self.stack), self.groups * per_group)
 
   def bias_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape that the layer's bias has, ``[*stack, *output]``."""
+    """Return the shape of the layer's bias, ``[*stack, *output]``."""
     return tuple(kernel_shape[axis] for axis in self.stack + self.output)
 
   def to_canonical(
     self, kernel: jax.Array, bias: jax.Array | None
   ) -> tuple[jax.Array, jax.Array | None]:
-    """Views a kernel as ``[stack, window, feature, output]``, a bias as ``[stack, output]``."""
+    """View a kernel as ``[stack, window, feature, output]`` and a bias as ``[stack, output]``."""
     stack, window, feature, output = self._sizes(kernel.shape)
     shape = (stack, window, feature, self.groups, output // self.groups)
     kernel = kernel.transpose(self._permutation).reshape(shape)
@@ -126,7 +129,7 @@ calls=(), bias='bias')
   def from_canonical(
     self, kernel: jax.Array, bias: jax.Array | None, kernel_shape: Sequence[int]
   ) -> tuple[jax.Array, jax.Array | None]:
-    """The inverse of `to_canonical`."""
+    """Invert `to_canonical`."""
     stack, window, feature, output = self._sizes(kernel_shape)
     kernel = kernel.reshape(stack, self.groups, window, feature, output // self.groups)
     kernel = kernel.transpose(0, 2, 3, 1, 4).reshape([kernel_shape[i] for i in self._permutation])
@@ -136,17 +139,17 @@ calls=(), bias='bias')
     return kernel.transpose(inverse), bias
 
   def window_size(self, kernel_shape: Sequence[int]) -> int:
-    """The number of positions in the window, the paper's ``k**2``."""
+    """Return the number of positions in the window, the paper's ``k**2``."""
     return self._sizes(kernel_shape)[1]
 
   def statistics_to_canonical(self, x: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
-    """Views a mean or variance as ``[stack, 1, feature]``: one for all positions of the window.
+    """View a mean or variance as ``[stack, 1, feature]``, one for all positions of the window.
 
-    With `exact_windows` it is ``[stack, window, feature]``.
+    With `exact_windows` the view is ``[stack, window, feature]``.
     """
     _, window, features, _ = self._sizes(kernel_shape)
     return x.reshape(-1, window if self.exact_windows else 1, features)
 
   def scalars_to_canonical(self, x: jax.Array) -> jax.Array:
-    """Views one number a stack entry, ``[*stack, 1]``, as ``[stack, 1, 1]``."""
+    """View one number for each stack entry, ``[*stack, 1]``, as ``[stack, 1, 1]``."""
     return jnp.repeat(x.reshape(-1, 1, 1), self.groups, axis=0)

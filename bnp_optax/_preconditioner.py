@@ -10,7 +10,7 @@ window of one entry and one position, so Algorithm 2 is Algorithm 3. With the ch
       \begin{bmatrix} 1 & 0 \\ 0 & \mathrm{diag}(1/\tilde\sigma) \end{bmatrix},
 
 gradient descent on :math:`z` is :math:`\theta \leftarrow \theta - \alpha P P^T \nabla L`.
-This file knows neither Flax nor Optax.
+This module depends on JAX alone.
 """
 
 from typing import NamedTuple
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 
 
 class Preconditioner(NamedTuple):
-  """The matrix P of every linear map of a layer: its few numbers, not its entries.
+  """The parameters of the matrix P of every linear map of a layer.
 
   Attributes:
-    mu: the running mean of the inputs; 0 where the layer has no bias to centre with.
-      Shape ``[stack, 1, feature]``.
-    sigma: the regularized deviation, sigma-tilde in the paper. Shape ``[stack, 1, feature]``.
-    q: what brings the Hessian blocks of all layers to one norm. Shape ``[stack, 1, 1]``.
+    mu: Running mean of the inputs; 0 where the layer has no bias and cannot be centred. Shape
+      ``[stack, 1, feature]``.
+    sigma: Regularized deviation, sigma-tilde in the paper. Shape ``[stack, 1, feature]``.
+    q: Scale that gives the Hessian blocks of all layers the same norm. Shape ``[stack, 1, 1]``.
   """
 
   mu: jax.Array
@@ -42,14 +42,14 @@ def update_statistics(
   rows: jax.Array,
   one_minus_rho: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Step 2: the running mean and variance after a batch with ``mu_H``, ``sigma2_H``, ``rows``."""
+  """Take step 2: update the running mean and variance by those of a batch of ``rows`` rows."""
   mu = _towards(mu, mu_H, one_minus_rho)
-  # One row has no variance of its own: the paper takes it about the running mean.
+  # The variance of a single row is 0. The paper takes it about the running mean instead.
   sigma2_H = jnp.where(rows == 1, sigma2_H + (mu_H - mu) ** 2, sigma2_H)
   return mu, _towards(sigma2, sigma2_H, one_minus_rho)
 
 
-def preconditioner(
+def make_preconditioner(
   mu: jax.Array,
   sigma2: jax.Array,
   window: int,
@@ -58,7 +58,7 @@ def preconditioner(
   eps_1: jax.Array,
   eps_2: jax.Array,
 ) -> Preconditioner:
-  """Step 3: sigma-tilde and q from the running statistics and the size of the batch."""
+  """Take step 3: compute sigma-tilde and q from the running statistics and the batch size."""
   largest = jnp.max(sigma2, axis=(1, 2), keepdims=True)
   q2 = jnp.maximum(window * mu.shape[-1] / examples, jnp.sqrt(positions))
   return Preconditioner(mu, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), jnp.sqrt(q2))
@@ -67,19 +67,19 @@ def preconditioner(
 def apply_transpose(
   p: Preconditioner, g_w: jax.Array, g_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """``P^T``: from the gradient with respect to theta to the gradient with respect to z."""
+  """Apply ``P^T``: map the gradient with respect to theta to that with respect to z."""
   scale = 1 / (p.sigma * p.q)
   if g_b is None:
     return _scaled(scale, g_w), None
-  # Scaled, then centred: in the other order XLA makes z_w twice, and g_w has to stay beside it.
-  z_w = _column(scale, g_w) * _matrix(g_w) - _column(p.mu * scale, g_w) * _rows(g_b, g_w)
+  # Scale, then centre. In the other order XLA computes z_w twice and keeps g_w as well.
+  z_w = _column(scale, g_w) * _matrix(g_w) - _column(p.mu * scale, g_w) * _broadcast(g_b, g_w)
   return z_w.reshape(g_w.shape), g_b / p.q[..., 0]
 
 
 def apply(
   p: Preconditioner, z_w: jax.Array, z_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """``P``: from a step in z to the step in theta."""
+  """Apply ``P``: map a step in z to the step in theta."""
   scale = 1 / (p.sigma * p.q)
   d_w = _scaled(scale, z_w)
   if z_b is None:
@@ -90,7 +90,7 @@ def apply(
 def apply_inverse(
   p: Preconditioner, w: jax.Array, b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """``P^-1``: from the parameters theta to z."""
+  """Apply ``P^-1``: map the parameters theta to z."""
   z_w = _scaled(p.sigma * p.q, w)
   if b is None:
     return z_w, None
@@ -100,12 +100,12 @@ def apply_inverse(
 def precondition(
   p: Preconditioner, g_w: jax.Array, g_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """``P P^T``: steps 4 and 5. The second uses the ``G_w`` that the first has updated."""
+  """Apply ``P P^T``: take steps 4 and 5. Step 5 uses the ``G_w`` that step 4 has updated."""
   return apply(p, *apply_transpose(p, g_w, g_b))
 
 
-# The kernel as a matrix, [stack * window * feature, output], a row for each input of a linear map.
-# For more axes XLA keeps a second array of its size, which costs more than the arithmetic on it.
+# The functions below work on the kernel as a matrix, [stack * window * feature, output]. With more
+# axes XLA keeps a second array of the kernel's size, which costs more than the arithmetic on it.
 
 
 def _matrix(w: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ def _matrix(w: jax.Array) -> jax.Array:
 
 
 def _column(v: jax.Array, w: jax.Array) -> jax.Array:
-  """A number for each row of the matrix of ``w``."""
+  """Return ``v`` as a column that broadcasts over the outputs in the matrix of ``w``."""
   return jnp.broadcast_to(v, w.shape[:-1]).reshape(-1, 1)
 
 
@@ -121,20 +121,20 @@ def _scaled(scale: jax.Array, w: jax.Array) -> jax.Array:
   return (_column(scale, w) * _matrix(w)).reshape(w.shape)
 
 
-def _rows(b: jax.Array, w: jax.Array) -> jax.Array:
-  """A number for each output, in each row of the matrix of ``w``."""
+def _broadcast(b: jax.Array, w: jax.Array) -> jax.Array:
+  """Broadcast a number for each output over the inputs in the matrix of ``w``."""
   return _matrix(jnp.broadcast_to(b[:, None, None, :], w.shape))
 
 
 def _sum(v: jax.Array, w: jax.Array) -> jax.Array:
-  """``sum v w`` over window and features; with the mean for ``v``, what weights make of it."""
+  """Compute ``sum v w`` over window and features."""
   stack = len(w)
   v, matrix = _column(v, w).reshape(stack, -1), w.reshape(stack, -1, w.shape[-1])
   return jnp.einsum("sk,sko->so", v, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:
-  """``(1 - part) old + part new``, rounded once, and about as finely as the nearer end is."""
-  # A large mean must be known to its last digits, and so must a small variance after a large one.
+  """Compute ``(1 - part) old + part new`` with the rounding error of the nearer end."""
+  # Both a large mean and a small variance that follows a large one keep their last digits.
   step = new - old
   return jnp.where(part < 0.5, old + part * step, new - (1 - part) * step)

@@ -1,8 +1,8 @@
-"""How each kind of linear layer is read: what it was given becomes a `Call`.
+"""Readers: functions that turn the inputs of one kind of linear layer into a `Call`.
 
-Each function here reads one kind of layer: from what the layer was given it makes the rows of
-:math:`H` and says which axes of its kernel are what. The layers of `flax.linen` and `flax.nnx` name
-their options alike, so one reader serves both.
+A reader arranges the inputs of a layer as the rows of :math:`H` and returns them with the layout of
+the kernel. The layers of `flax.linen` and `flax.nnx` have the same option names, so one reader
+serves both.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ from bnp_optax._layout import KernelLayout
 
 
 def dense(layer: Any, outputs: Any, exact_windows: bool, inputs: jax.Array) -> list[Call]:
-  """Dense, Linear: every vector along the last axis is a row."""
+  """Read Dense and Linear: every vector along the last axis is a row."""
   del layer, outputs, exact_windows
   return [Call(KernelLayout(), inputs)]
 
@@ -29,9 +29,9 @@ def dense(layer: Any, outputs: Any, exact_windows: bool, inputs: jax.Array) -> l
 def dense_general(
   layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
 ) -> list[Call]:
-  """DenseGeneral, LinearGeneral: several input and output axes, flattened; batch axes stack."""
+  """Read DenseGeneral and LinearGeneral: flatten input and output axes, stack batch axes."""
   del exact_windows
-  # nnx names the batch axes in a mapping to their sizes.
+  # NNX maps the batch axes to their sizes.
   batch = layer.batch_dims if hasattr(layer, "batch_dims") else list(layer.batch_axis)
   batch, feature = (
     sorted(axis % inputs.ndim for axis in np.atleast_1d(np.asarray(x, int)).tolist())
@@ -45,11 +45,11 @@ def dense_general(
 
 
 def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array) -> list[Call]:
-  """Conv, ConvLocal: a row an output position."""
+  """Read Conv and ConvLocal: every output position is a row."""
   window = len(np.atleast_1d(layer.kernel_size))
   rows = math.prod(outputs.shape[:-1])
   if not getattr(layer, "shared_weights", True):
-    # Every output position has a kernel of its own, and its own statistics.
+    # Every output position has its own kernel and its own statistics.
     layout = _consecutive(window, 1, 1)
     h, stack, rows = _windows(layer, inputs, channel_major=True), window, None
   else:
@@ -68,9 +68,9 @@ def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array)
 def conv_transpose(
   layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
 ) -> list[Call]:
-  """ConvTranspose: a convolution over the inputs with zeros between them."""
+  """Read ConvTranspose as a convolution over the inputs with zeros between them."""
   window = len(np.atleast_1d(layer.kernel_size))
-  # With circular padding, which wraps the outputs, several windows make a row.
+  # Circular padding wraps the outputs, so that several windows make one row.
   exact_windows = exact_windows and layer.padding != "CIRCULAR"
   layout = dataclasses.replace(KernelLayout.by_convention(window + 2), exact_windows=exact_windows)
   if layer.transpose_kernel:
@@ -91,7 +91,7 @@ def einsum(
   inputs: jax.Array,
   einsum_str: str | None = None,
 ) -> list[Call]:
-  """Einsum: axes of the inputs alone are rows, axes of all three are a stack."""
+  """Read Einsum: axes of the inputs alone are rows, axes of all three operands are a stack."""
   del outputs, exact_windows
   equation = (einsum_str or layer.einsum_str).replace(" ", "")
   given, result = equation.split("->")
@@ -114,7 +114,7 @@ def einsum(
     problem = problem or "an output axis stands before a batch axis of the kernel"
   if problem:
     return [Call(KernelLayout(), inputs, problem=f"in {equation!r} {problem}")]
-  # A sum over an axis of the inputs alone is the same before the kernel as after it.
+  # A sum over an axis of the inputs alone commutes with the product.
   h = jnp.einsum(f"{given}->{''.join(leading + stack + feature)}", inputs)
   h = h.reshape(*h.shape[: len(leading) + len(stack)], -1)
   axes = (tuple(kernel.index(c) for c in letters) for letters in (stack, feature, output))
@@ -131,10 +131,10 @@ def read(
   args: tuple[Any, ...],
   kwargs: Mapping[str, Any],
 ) -> list[Call]:
-  """The calls that ``outputs = method(*args, **kwargs)`` of a layer was."""
+  """Read ``outputs = method(*args, **kwargs)`` of a layer as one call for each kernel."""
   arguments = inspect.signature(method).bind(*args, **kwargs).arguments
   inputs = jnp.asarray(next(iter(arguments.values())))
-  # Among what else a layer may be given, only this changes the meaning of its kernel.
+  # No other argument of a supported layer changes the meaning of its kernel.
   options = {k: v for k, v in arguments.items() if k == "einsum_str"}
   calls = reader(layer, outputs, exact_windows, inputs, **options)
   if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
@@ -144,22 +144,24 @@ def read(
 
 
 def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:
-  """A kernel whose axes are stack, feature and output, in this order."""
+  """Return the layout of a kernel whose axes are stack, feature and output, in this order."""
   axes = iter(range(stack + feature + output))
   take = (tuple(itertools.islice(axes, n)) for n in (stack, feature, output))
   return KernelLayout(**dict(zip(("stack", "feature", "output"), take, strict=True)))
 
 
 def _masked_weights(layer: Any) -> str:
+  """Return the problem of a layer with a mask on its kernel, or an empty string."""
   return "" if layer.mask is None else "its kernel is masked: not every entry is a weight"
 
 
 def _per_axis(x: Any, window: int) -> tuple[int, ...]:
+  """Return an option of a convolution as one number for each axis of the window."""
   return tuple(np.broadcast_to(1 if x is None else x, window).tolist())
 
 
 def _dilated(inputs: jax.Array, dilation: tuple[int, ...]) -> jax.Array:
-  """The map that the kernel slides over: the inputs with ``dilation - 1`` zeros between them."""
+  """Insert ``dilation - 1`` zeros between the inputs of a convolution."""
   interior = (0,) * (inputs.ndim - 1 - len(dilation)) + tuple(d - 1 for d in dilation) + (0,)
   if not any(interior) or inputs.size == 0:
     return inputs
@@ -167,10 +169,10 @@ def _dilated(inputs: jax.Array, dilation: tuple[int, ...]) -> jax.Array:
 
 
 def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array:
-  """The rows of ``H`` themselves, ``[*batch, *positions, entries]``, zeros of the padding included.
+  """Return the rows of ``H``, ``[*batch, *positions, entries]``, including zeros of the padding.
 
-  The entries are (group, window, feature), or if ``channel_major`` (feature, window), which is how
-  ConvLocal lays out its kernel.
+  The entries are in the order (group, window, feature). If ``channel_major``, they are in the order
+  (feature, window), as in the kernel of ConvLocal.
   """
   kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
   window, channels = len(kernel_size), inputs.shape[-1]
@@ -204,7 +206,7 @@ def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array
 
 
 def _transposed_windows(layer: Any, inputs: jax.Array) -> jax.Array:
-  """The rows of ``H`` of a transposed convolution: its outputs for every kernel with a single 1."""
+  """Return the rows of ``H`` of a transposed convolution: its outputs for all one-hot kernels."""
   kernel_size = tuple(np.atleast_1d(layer.kernel_size).tolist())
   window, features = len(kernel_size), inputs.shape[-1]
   batch, h = _maps(inputs, window)
@@ -223,14 +225,14 @@ def _transposed_windows(layer: Any, inputs: jax.Array) -> jax.Array:
 
 
 def _maps(inputs: jax.Array, window: int) -> tuple[tuple[int, ...], jax.Array]:
-  """The batch axes, and the inputs as floating-point maps ``[batch, *space, channels]``."""
+  """Return the batch shape, and the inputs as floating-point maps ``[batch, *space, channels]``."""
   batch = inputs.shape[: -window - 1]
   h = inputs.reshape(math.prod(batch), *inputs.shape[-window - 1 :])
   return batch, h if jnp.issubdtype(h.dtype, jnp.inexact) else h.astype(jnp.float32)
 
 
 def _sides(padding: Any, window: int) -> Any:
-  """Padding as JAX takes it: a name, or a pair for each axis of the window."""
+  """Return padding as JAX takes it: a name, or a pair for each axis of the window."""
   if isinstance(padding, str):
     return padding
   sides = (padding,) * window if isinstance(padding, int) else padding

@@ -1,9 +1,9 @@
-"""What one layer saw in a batch, as sums.
+"""Statistics of one layer's inputs over a batch, as sums.
 
-Everything here follows from "+": the statistics of two micro-batches, of two devices or of two
-halves of a sequence are the sums of theirs. So `jax.tree.map(jnp.add, a, b)`, `jax.lax.psum` and
-Optax's micro-batching merge them, and no function of ours is needed. Devices that know the mean of
-the whole batch before they take squares have one vector less to tell each other.
+The statistics of two micro-batches, of two devices or of two halves of a sequence are the sums of
+theirs. `jax.tree.map(jnp.add, a, b)`, `jax.lax.psum` and Optax's micro-batching therefore merge
+them. With `axis_name`, devices compute the mean of the whole batch before they take squares, which
+saves the transfer of one vector.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ TWO_MEANINGS = "it is called with two different meanings of its kernel's axes"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-  r"""What one layer saw: how much, and the sums behind its mean and variance.
+  r"""Statistics of one layer's inputs: counts, and the sums behind their mean and variance.
 
   A layer computes :math:`\hat H \hat w` where each row of :math:`\hat H = [e, H]` holds the inputs
   of one output position of one example (paper, eqs. 11 and 18). With :math:`h` running over those
@@ -35,13 +35,14 @@ class LayerStatistics:
     \text{within} = \sum (h - \bar h_b)^2, \qquad
     \text{between} = \sum_b \text{total}_b^2 / \text{rows}_b .
 
-  All five add up over batches. ``within + between`` is the plain sum of squares; it is kept in two
-  parts because :math:`E[h^2] - E[h]^2` cancels: in float32 it loses the variance of inputs whose
-  mean is some thousand deviations away from zero, ``within`` does not.
+  All five fields add over batches. ``within + between`` is the plain sum of squares. It is kept in
+  two parts because :math:`E[h^2] - E[h]^2` cancels: in float32 it loses the variance of inputs
+  whose mean is some thousand deviations away from zero. ``within`` does not.
 
   Two batches are merged by adding every field:
 
   >>> import jax, jax.numpy as jnp
+  >>> from bnp_optax import layer_statistics
   >>> a = layer_statistics(jnp.array([[1.0], [2.0]]), examples=2, rows=2)
   >>> b = layer_statistics(jnp.array([[6.0], [7.0]]), examples=2, rows=2)
   >>> both = jax.tree.map(jnp.add, a, b)
@@ -49,13 +50,14 @@ class LayerStatistics:
   (Array([4.], dtype=float32), Array([6.5], dtype=float32))
 
   Attributes:
-    examples: how many examples the loss is a mean over, the paper's :math:`N`. Shape ``[*stack]``.
-    rows: the number of rows of :math:`H`, examples times output positions. Shape ``[*stack]``.
-    total: the sum of the inputs. Shape ``[*stack, features]``.
-    within: the sum of squares about each batch's own mean. Shape ``[*stack, features]``.
-    between: the sum of each batch's ``total**2 / rows``. Shape ``[*stack, features]``.
-    kernel: the name of the kernel's leaf beside which they were sown; no leaf of this pytree.
-    layout: the layout of the kernel as the layer itself saw it; None if nobody said. No leaf.
+    examples: Number of examples that the loss is a mean over, the paper's :math:`N`. Shape
+      ``[*stack]``.
+    rows: Number of rows of :math:`H`, examples times output positions. Shape ``[*stack]``.
+    total: Sum of the inputs. Shape ``[*stack, features]``.
+    within: Sum of squares about each batch's own mean. Shape ``[*stack, features]``.
+    between: Sum of each batch's ``total**2 / rows``. Shape ``[*stack, features]``.
+    kernel: Name of the kernel leaf that the statistics belong to. Static.
+    layout: Layout of the kernel as the layer reported it; None if unknown. Static.
 
   All arrays are float32, or float64 where the inputs are float64.
   """
@@ -77,8 +79,8 @@ class LayerStatistics:
   def variance(self) -> jax.Array:
     r"""The variance :math:`\sigma_H^2` (eqs. 13, 22), ``[*stack, features]``; never below 0."""
     spread = self.between - self.total * self.total / self.rows[..., None]
-    # One batch alone has no spread between batches; what is left then is rounding, and
-    # rounding of a large mean must not be taken for variance.
+    # A single batch has no spread between batches. The remainder is rounding, and the rounding of
+    # a large mean must not count as variance.
     rounding = 4 * jnp.finfo(spread.dtype).eps * self.between
     return (self.within + jnp.where(spread <= rounding, 0, spread)) / self.rows[..., None]
 
@@ -91,13 +93,13 @@ class LayerStatistics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoStatistics:
-  """Sown instead of statistics by a layer that can give none; it has no leaves.
+  """Placeholder sown by a layer whose statistics are undefined. It has no leaves.
 
-  Only an optimizer that has use for the layer's statistics takes it for an error.
+  It is an error only for an optimizer that needs the layer's statistics.
 
   Attributes:
-    kernel: as in `LayerStatistics`.
-    reason: why there are none.
+    kernel: As in `LayerStatistics`.
+    reason: Why there are no statistics.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})
@@ -105,7 +107,7 @@ class NoStatistics:
 
 
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
-  """float64 if any of `dtypes` is, float32 for all others: what BNP keeps and computes in."""
+  """Return the dtype of BNP's state and arithmetic: float64 if any of `dtypes` is, else float32."""
   return jnp.dtype("float64" if "float64" in dtypes else "float32")
 
 
@@ -118,57 +120,64 @@ def layer_statistics(
   stack: int = 0,
   axis_name: AxisName | None = None,
 ) -> LayerStatistics:
-  """The statistics of one call of a layer.
+  """Compute the statistics of one call of a layer.
 
   A convolution's mean and variance are taken over its whole input map (eqs. 21 and 22), whatever
-  the number of its output positions; they are weighted by ``rows``, so that batches of different
-  sizes add up as the rows of ``H`` do.
+  its number of output positions. They are weighted by ``rows``, so that batches of different sizes
+  add up as the rows of ``H`` do.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from bnp_optax import layer_statistics
+    >>> statistics = layer_statistics(jnp.array([[1.0, 5.0], [3.0, 5.0]]), examples=2, rows=2)
+    >>> statistics.mean, statistics.variance
+    (Array([2., 5.], dtype=float32), Array([1., 0.], dtype=float32))
 
   Args:
-    inputs: what the layer was given, ``[*leading, *stack, features]``; any real dtype.
-    examples: how many of them the loss is a mean over.
-    rows: the number of rows of ``H`` that they make, before masking.
+    inputs: Inputs of the layer, ``[*leading, *stack, features]``; any real dtype.
+    examples: Number of these inputs that the loss is a mean over.
+    rows: Number of rows of ``H`` that the inputs make, before masking.
     mask: True for the leading positions that count, ``[*leading]``; None for all.
-    stack: the number of stack axes.
-    axis_name: the mapped axes that the batch is split over; the sums are those of the whole.
+    stack: Number of stack axes.
+    axis_name: Mapped axes that the batch is split over. The sums are taken over all of it.
 
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
   """
 
-  def whole(x: Any) -> Any:
-    # A number, which is the same everywhere, is multiplied by the size of the axis, not sent.
+  def sum_over_devices(x: Any) -> Any:
+    # psum of a Python number is a product with the axis size and needs no communication.
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
   dtype = accumulation_dtype(inputs.dtype)
   h = jax.lax.stop_gradient(inputs).astype(dtype)
   leading = tuple(range(h.ndim - 1 - stack))
   weight = rows / max(1, math.prod(h.shape[: len(leading)]))
-  counted = jnp.asarray(whole(rows), dtype)
-  here = True
+  counted = jnp.asarray(sum_over_devices(rows), dtype)
+  present = True
   if mask is not None:
     # where(), not a product: padding may hold anything, and 0 * NaN is NaN.
-    here = jnp.expand_dims(mask, range(mask.ndim, h.ndim))
-    h = jnp.where(here, h, 0)
-    counted = whole(weight * jnp.sum(mask, dtype=dtype))
-  # A part of a batch may be padding alone, and must not spoil the sum.
-  rows_there = jnp.where(counted > 0, counted, 1)
-  total = whole(weight * jnp.sum(h, leading))
-  deviation = jnp.where(here, h - jnp.expand_dims(total / rows_there, leading), 0)
+    present = jnp.expand_dims(mask, range(mask.ndim, h.ndim))
+    h = jnp.where(present, h, 0)
+    counted = sum_over_devices(weight * jnp.sum(mask, dtype=dtype))
+  # A part of a batch may be all padding and must not make the sum NaN.
+  divisor = jnp.where(counted > 0, counted, 1)
+  total = sum_over_devices(weight * jnp.sum(h, leading))
+  deviation = jnp.where(present, h - jnp.expand_dims(total / divisor, leading), 0)
   shape = total.shape[:-1]
   return LayerStatistics(
-    examples=jnp.broadcast_to(jnp.asarray(whole(examples), dtype), shape),
+    examples=jnp.broadcast_to(jnp.asarray(sum_over_devices(examples), dtype), shape),
     rows=jnp.broadcast_to(counted, shape),
     total=total,
-    within=whole(weight * jnp.sum(deviation * deviation, leading)),
-    between=total * total / rows_there,
+    within=sum_over_devices(weight * jnp.sum(deviation * deviation, leading)),
+    between=total * total / divisor,
   )
 
 
 def merge_calls(
   a: LayerStatistics | NoStatistics, b: LayerStatistics | NoStatistics
 ) -> LayerStatistics | NoStatistics:
-  """The statistics of a layer called twice in a forward pass: more rows, the same examples."""
+  """Merge two calls of a layer in one forward pass: rows add, examples are the same."""
   if isinstance(a, NoStatistics) or isinstance(b, NoStatistics):
     return a if isinstance(a, NoStatistics) else b
   if a.layout != b.layout:
@@ -178,7 +187,7 @@ def merge_calls(
 
 
 def merge_call_axes(a: LayerStatistics, axes: tuple[int, ...]) -> LayerStatistics:
-  """The statistics of a layer called along axes of ``a``: more rows, the same examples."""
+  """Merge the calls of a layer along axes of ``a``: rows add, examples are the same."""
   if not axes:
     return a
   merged = jax.tree.map(lambda x: jnp.sum(x, axes), a)

@@ -1,11 +1,11 @@
-"""How `flax.linen` layers report what they saw.
+"""BNP for `flax.linen`: the statistics of each layer's inputs, and the table of a model.
 
-Linen calls every method of every module through its interceptors. One of them is enough to sow the
-statistics of each layer's inputs beside the layer, with no edit to the model and no change to its
-outputs or gradients.
+Linen calls every method of every module through its interceptors. One interceptor sows the
+statistics of each layer's inputs beside the layer. The model needs no edit, and its outputs and
+gradients do not change.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import functools
@@ -17,19 +17,17 @@ from flax.linen import recurrent
 import jax
 import jax.numpy as jnp
 
-from bnp_optax import _calls, _readers
-from bnp_optax._calls import Call, call_statistics
-from bnp_optax._layers import (
-  Layers,
-  make_layers,
-  merge_observations,
-  observe,
-  split_arrays,
-)
-from bnp_optax._statistics import AxisName, LayerStatistics, NoStatistics, merge_calls
+from bnp_optax import _readers
+from bnp_optax._calls import Call
+from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
+from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._statistics import AxisName
+from bnp_optax._trees import Path, show_path, split_arrays
 
-# How to read each layer, by the function that multiplies with its kernel. A subclass that overrides
-# that function and calls it is read once, where it does; one that does not call it is not read.
+__all__ = ["layers", "sow_statistics"]
+
+# The reader of each layer, by the method that multiplies by its kernel. A subclass that overrides
+# the method is read where it calls the original one, and not read if it does not.
 _READERS = {
   inspect.unwrap(layer.__call__): reader
   for layer, reader in (
@@ -39,16 +37,15 @@ _READERS = {
     (nn.Conv, _readers.conv),
     (nn.ConvLocal, _readers.conv),
     (nn.ConvTranspose, _readers.conv_transpose),
-    # OptimizedLSTMCell hands its inputs to these and multiplies them itself.
+    # OptimizedLSTMCell passes its inputs to these modules and multiplies them itself.
     (recurrent.DenseParams, _readers.dense),
   )
 }
 
-# Layers around one layer, which hand it another kernel than its parameter.
+# Wrappers of one layer, which replace its kernel by a function of its parameter.
 _WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
 
-# What layers report to: where contexts are nested, the innermost alone.
-_reporter: contextvars.ContextVar[Any] = contextvars.ContextVar("linen", default=None)
+_active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen", default=None)
 
 
 @contextlib.contextmanager
@@ -59,23 +56,23 @@ def sow_statistics(
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:
-  """Within this context, every linear layer sows what it sees into ``intermediates``.
+  """Sow the statistics of every linear layer's inputs into ``intermediates`` within this context.
 
-  Those are Dense, DenseGeneral, Einsum, Conv, ConvLocal and ConvTranspose, and whatever is built of
-  them: attention, recurrent cells. Each sows one `LayerStatistics` of its inputs with
-  `flax.linen.Module.sow`; apply the model with ``mutable=["intermediates"]`` to get them, together
-  with whatever the model itself sows there. Outputs and gradients of the model stay bitwise the
-  same. A layer called several times in one forward pass sees more rows.
+  The linear layers are Dense, DenseGeneral, Einsum, Conv, ConvLocal and ConvTranspose, and the
+  modules built from them, such as attention and recurrent cells. Each sows one `LayerStatistics`
+  with `flax.linen.Module.sow`. Apply the model with ``mutable=["intermediates"]`` to get them,
+  together with the values that the model itself sows there. Outputs and gradients of the model stay
+  bitwise the same. Several calls of a layer in one forward pass add rows.
 
   Enter it inside the function that is differentiated and jitted, around the call of the model.
 
   Under `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers,
-  ``variable_axes`` must hold ``"intermediates": 0``.
-  Under `jax.shard_map`, `jax.pmap` and `jax.vmap` over examples, name the axis that they map:
-  with ``axis_name`` the statistics are those of all examples along it. `flax.linen.vmap` over
-  examples wants that too, with ``"intermediates": None`` and ``example_axes=0``.
+  ``variable_axes`` must contain ``"intermediates": 0``. Under `jax.shard_map`, `jax.pmap` and
+  `jax.vmap` over examples, pass the mapped axis as ``axis_name``; the statistics are then those of
+  all examples along it. `flax.linen.vmap` over examples needs ``axis_name`` as well, with
+  ``"intermediates": None`` and ``example_axes=0``.
 
-  What was sown must not be handed to the next call of the model: it would be counted again.
+  Do not pass sown statistics to the next call of the model, which would count them again.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
@@ -88,7 +85,7 @@ def sow_statistics(
     >>> stats.examples, stats.mean, stats.variance
     (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
 
-    The same of single examples, mapped by `jax.vmap`:
+    The same statistics from single examples, mapped by `jax.vmap`:
 
     >>> def apply_one(x):
     ...   with bnp_optax.linen.sow_statistics(example_axes=0, axis_name="batch"):
@@ -99,17 +96,17 @@ def sow_statistics(
     (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
 
   Args:
-    example_axes: how many leading axes count examples, as the loss does: 1 if it is a mean over
-      sequences or images, 2 if it is a mean over the tokens of ``[batch, time, features]``, 0 if
+    example_axes: Number of leading axes that count examples in the loss: 1 for a mean over
+      sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
-    mask: True, or not zero, for positions that count and False for padding; its shape is the
-      leading shape of the inputs it is for, such as ``[batch, time]``. Layers whose inputs have
-      only the example axes are not masked: a head after pooling, and a recurrent cell inside a
-      scan over time. An example without any position that counts is none.
-    axis_name: the name of the mapped axis that the examples are split over, or a tuple of names, as
-      in `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
-      whole batch, and the same everywhere along the axis.
-    exact_windows: whether convolutions take one mean and variance for each kernel entry, over the
+    mask: True, or nonzero, for positions that count and False for padding. Its shape is the leading
+      shape of the inputs, such as ``[batch, time]``. Layers whose inputs have only the example axes
+      are not masked, for example a head after pooling or a recurrent cell inside a scan over time.
+      An example without positions that count is not counted.
+    axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
+      `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
+      whole batch and are equal along the axis.
+    exact_windows: Whether convolutions take one mean and variance for each kernel entry, over the
       zero-padded windows (eqs. 19 and 20), instead of one for each channel over the whole map
       (eqs. 21 and 22). Needs ``layers(..., exact_windows=True)``.
 
@@ -117,17 +114,16 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: while tracing, if a layer's inputs have no rows. That they are complex, or do not
-      fit `mask`, is an error of the optimizer that has use for the layer's statistics.
-    NameError: while tracing, if there is no mapped axis of the name `axis_name`.
+    ValueError: While tracing, if a layer's inputs have no rows. Inputs that are complex, or do not
+      fit `mask`, are an error in ``update`` of an optimizer that needs the layer's statistics.
+    NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
-  where = _calls.as_mask(mask)
 
-  def see(module: nn.Module, call: Call) -> LayerStatistics | NoStatistics:
-    return call_statistics(call, "/".join(module.path), example_axes, where, axis_name)
+  def describe(module: nn.Module, call: Call) -> str:
+    del call
+    return show_path(module.path)
 
-  key = (example_axes, axis_name, exact_windows, _calls.mask_key(where))
-  with _reporting(see, merge_calls, exact_windows, key):
+  with report_calls(statistics_reporter(describe, example_axes, mask, axis_name, exact_windows)):
     yield
 
 
@@ -138,11 +134,12 @@ def layers(
   exact_windows: bool = False,
   **init_kwargs: Any,
 ) -> Layers:
-  """Finds the linear layers of a model, by tracing it once with `jax.eval_shape`.
+  """Find the linear layers of a model by tracing it once with `jax.eval_shape`.
 
-  It computes nothing and works for models of any size. Needed as ``layers`` of
-  `bnp_optax.scale_by_bnp` and `bnp_optax.bnp` for whatever is no plain Dense or Conv: attention,
-  grouped and transposed convolutions, layers under `flax.linen.scan` or `flax.linen.vmap`.
+  The trace computes nothing and works for models of any size. Pass the result as ``layers`` to
+  `bnp_optax.scale_by_bnp` or `bnp_optax.bnp` if the model has layers other than plain Dense and
+  Conv: attention, grouped and transposed convolutions, layers under `flax.linen.scan` or
+  `flax.linen.vmap`.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
@@ -170,44 +167,44 @@ def layers(
     (1, 2)
 
   Args:
-    model: the model.
-    *init_args: what ``model.init`` takes after the random key; `jax.ShapeDtypeStruct` will do for
-      arrays.
-    strict: whether to raise if there is a linear layer that BNP cannot precondition.
-    exact_windows: as in `sow_statistics`.
-    **init_kwargs: likewise, such as ``train=False`` or ``method``.
+    model: The model.
+    *init_args: Arguments of ``model.init`` after the random key; arrays may be
+      `jax.ShapeDtypeStruct`.
+    strict: Whether to raise if there is a linear layer that BNP cannot precondition.
+    exact_windows: As in `sow_statistics`.
+    **init_kwargs: Keyword arguments of ``model.init``, such as ``train=False`` or ``method``.
 
   Returns:
     An immutable, hashable mapping from the path of each kernel to its layout. Printed, it is a
     table of all parameters.
 
   Raises:
-    ValueError: if `strict` and a linear layer cannot be covered; it names each, and says why.
+    ValueError: If `strict` and a linear layer cannot be covered. The message names each and why.
   """
-  called: dict[tuple[str, ...], str] = {}
+  called: dict[Path, str] = {}
 
-  def see(module: nn.Module, call: Call) -> Any:
+  def record(module: nn.Module, call: Call) -> Observation:
     kind, kernel = type(module).__name__, module.get_variable("params", call.kernel)
     called[(*module.path, call.kernel)] = kind
-    return observe(call, kind, jnp.shape(nn.meta.unbox(kernel)))
+    return observe_call(call, kind, jnp.shape(nn.meta.unbox(kernel)))
 
   arrays, rebuild = split_arrays((init_args, init_kwargs))
 
   def trace(key: jax.Array, arrays: list[Any]) -> tuple[Any, Any]:
     args, kwargs = rebuild(arrays)
     variables = dict(nn.meta.unbox(model.init(key, *args, **kwargs)))
-    # A cache for decoding takes one position at a time, what init takes are all of them.
+    # init takes all positions; a decoding cache would take one at a time.
     for collection in ("intermediates", "cache"):
       variables.pop(collection, None)
-    with _reporting(see, merge_observations, exact_windows, object()):
+    with report_calls(Reporter(record, merge_observations, exact_windows)):
       _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
     return variables.get("params", {}), aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
-  params, seen = jax.eval_shape(trace, key, arrays)
+  params, observations = jax.eval_shape(trace, key, arrays)
   return make_layers(
     params,
-    seen,
+    observations,
     called,
     "its statistics are lost under nn.scan, nn.vmap or nn.RNN: add "
     '"intermediates": 0 to their variable_axes',
@@ -216,13 +213,8 @@ def layers(
 
 
 @contextlib.contextmanager
-def _reporting(
-  see: Callable[[nn.Module, Call], Any],
-  merge: Callable[[Any, Any], Any],
-  exact_windows: bool,
-  key: Hashable,
-) -> Iterator[None]:
-  """Within this context, ``see(module, call)`` is sown beside each linear layer that is called."""
+def report_calls(reporter: Reporter) -> Iterator[None]:
+  """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
 
   def interceptor(
     next_fun: Callable[..., Any],
@@ -231,13 +223,13 @@ def _reporting(
     context: nn.module.InterceptorContext,
   ) -> Any:
     function: Any = getattr(context.orig_method, "func", None)
-    if _reporter.get() is not see or function not in (*_READERS, *_WRAPPERS):
+    if _active.get() is not reporter or function not in (*_READERS, *_WRAPPERS):
       return next_fun(*args, **kwargs)
     module: Any = context.module
     if function in _WRAPPERS:
-      # What is sown while the wrapper maps the layer's variables is lost: the layer itself stays
-      # silent, and the wrapper reports its inputs.
-      with _calls.recording(_reporter, None, key):
+      # Values sown while the wrapper maps the layer's variables are lost. The wrapper reports the
+      # inputs in place of the layer.
+      with activate(_active, None, reporter.key):
         outputs = next_fun(*args, **kwargs)
       module = module.layer_instance
       function = inspect.unwrap(type(module).__call__)
@@ -246,10 +238,10 @@ def _reporting(
       outputs = next_fun(*args, **kwargs)
     if reader := _READERS.get(function):
       method = functools.partial(function, module)
+      exact_windows = reporter.exact_windows
       for call in _readers.read(reader, module, exact_windows, outputs, method, args, kwargs):
-        if (seen := see(module, call)) is not None:
-          _calls.sow(module, "intermediates", call, seen, merge)
+        reporter.sow(module, "intermediates", call)
     return outputs
 
-  with _calls.recording(_reporter, see, key), nn.intercept_methods(interceptor):
+  with activate(_active, reporter, reporter.key), nn.intercept_methods(interceptor):
     yield

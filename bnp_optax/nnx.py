@@ -1,11 +1,12 @@
-"""How `flax.nnx` layers report what they saw.
+"""BNP for `flax.nnx`: the statistics of each layer's inputs, and the table of a model.
 
-NNX has no interceptors. While some `sow_statistics` is open, the functions that multiply with a
-kernel are replaced on their classes by ones that ask whether this thread records; when the last one
-closes they are put back. What is recorded comes out through `flax.nnx.capture`.
+NNX has no interceptors. While a `sow_statistics` context is open in any thread, the ``__call__`` of
+each linear layer's class is replaced by a function that also reports the call to the context of its
+own thread. The originals are restored when the last context closes. The statistics are returned by
+`flax.nnx.capture`.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import threading
@@ -14,25 +15,23 @@ from typing import Any
 from flax import nnx
 import jax
 
-from bnp_optax import _calls, _readers
-from bnp_optax._calls import Call, call_statistics
-from bnp_optax._layers import (
-  Layers,
-  make_layers,
-  merge_observations,
-  observe,
-  split_arrays,
-)
+from bnp_optax import _readers
+from bnp_optax._calls import Call
+from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import AxisName, LayerStatistics, NoStatistics, merge_calls
+from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._statistics import AxisName
+from bnp_optax._trees import split_arrays
+
+__all__ = ["Statistics", "layers", "sow_statistics"]
 
 
 class Statistics(nnx.Variable[Any]):
-  """The variable type of what layers saw: capture it with ``nnx.capture(model, Statistics)``."""
+  """Variable type of the statistics. Capture it with ``nnx.capture(model, Statistics)``."""
 
 
 def _lora(layer: nnx.LoRA, outputs: Any, exact_windows: bool, x: jax.Array) -> list[Call]:
-  """LoRA: two linear maps after each other."""
+  """Read LoRA as two consecutive linear maps."""
   del outputs, exact_windows
   h, a = layer.promote_dtype((x, layer.lora_a[...]), dtype=layer.dtype)
   return [
@@ -50,8 +49,8 @@ _READERS: dict[type[nnx.Module], Callable[..., list[Call]]] = {
   nnx.LoRA: _lora,
 }
 
-# What layers report to in this thread, and whether they report exact windows.
-_reporter: contextvars.ContextVar[Any] = contextvars.ContextVar("nnx", default=None)
+# A function that reports a call of a module to the reporter of this thread, and the reporter.
+_active: contextvars.ContextVar[Any] = contextvars.ContextVar("nnx", default=None)
 
 _lock = threading.Lock()
 _originals: dict[type, Callable[..., Any]] = {}
@@ -66,21 +65,21 @@ def sow_statistics(
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:
-  """Within this context, every linear layer sows what it sees as a `Statistics` variable.
+  """Sow the statistics of every linear layer's inputs as `Statistics` within this context.
 
-  Those are Linear, LinearGeneral, Einsum, Conv, ConvTranspose and LoRA, and whatever is built of
-  them: attention, recurrent cells. Each sows one `LayerStatistics` of its inputs; run the model
-  through ``nnx.capture(model, Statistics)`` to get them. Outputs and gradients of the model stay
-  the same, and so does the model. A layer called several times in one forward pass sees more rows.
+  The linear layers are Linear, LinearGeneral, Einsum, Conv, ConvTranspose and LoRA, and the modules
+  built from them, such as attention and recurrent cells. Each sows one `LayerStatistics` of its
+  inputs. Run the model through ``nnx.capture(model, Statistics)`` to get them. The model, its
+  outputs and its gradients stay the same. Several calls of a layer in one forward pass add rows.
 
   Enter it inside the function that is differentiated and jitted, around the call of the model. It
-  is safe under threads: each records its own contexts alone.
+  is thread-safe: a context records the calls of its own thread.
 
-  Under `flax.nnx.scan` and `flax.nnx.vmap`, `Statistics` go along axis 0, as parameters do by
-  default; in a scan over time, where the parameters are the same at each step, and for
-  `flax.nnx.RNN`, say so: ``nnx.StateAxes({Statistics: 0, ...: None})`` or ``nnx.Carry``.
-  Under `jax.shard_map`, `jax.pmap` and `flax.nnx.vmap` over examples, name the axis that they map:
-  with ``axis_name`` the statistics are those of all examples along it.
+  Under `flax.nnx.scan` and `flax.nnx.vmap`, `Statistics` are stacked along axis 0, as parameters
+  are by default. In a scan over time and in `flax.nnx.RNN` the parameters are the same at each
+  step: pass ``nnx.StateAxes({Statistics: 0, ...: None})`` or ``nnx.Carry``. Under `jax.shard_map`,
+  `jax.pmap` and `flax.nnx.vmap` over examples, pass the mapped axis as ``axis_name``; the
+  statistics are then those of all examples along it.
 
   Examples:
     >>> import bnp_optax, jax, jax.numpy as jnp, optax
@@ -113,27 +112,21 @@ def sow_statistics(
     Array(8., dtype=float32)
 
   Args:
-    example_axes: as in `bnp_optax.linen.sow_statistics`.
-    mask: as in `bnp_optax.linen.sow_statistics`.
-    axis_name: as in `bnp_optax.linen.sow_statistics`.
-    exact_windows: as in `bnp_optax.linen.sow_statistics`.
+    example_axes: As in `bnp_optax.linen.sow_statistics`.
+    mask: As in `bnp_optax.linen.sow_statistics`.
+    axis_name: As in `bnp_optax.linen.sow_statistics`.
+    exact_windows: As in `bnp_optax.linen.sow_statistics`.
 
   Yields:
     None.
 
   Raises:
-    ValueError: while tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
-      or if its inputs have no rows. That they are complex, or do not fit `mask`, is an error of the
-      optimizer that has use for the layer's statistics.
-    NameError: while tracing, if there is no mapped axis of the name `axis_name`.
+    ValueError: While tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
+      or if its inputs have no rows. Inputs that are complex, or do not fit `mask`, are an error in
+      ``update`` of an optimizer that needs the layer's statistics.
+    NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
-  where = _calls.as_mask(mask)
-
-  def see(module: nnx.Module, call: Call) -> LayerStatistics | NoStatistics:
-    return call_statistics(call, _describe(module, call), example_axes, where, axis_name)
-
-  key = (example_axes, axis_name, exact_windows, _calls.mask_key(where))
-  with _reporting(see, merge_calls, exact_windows, key):
+  with report_calls(statistics_reporter(_describe, example_axes, mask, axis_name, exact_windows)):
     yield
 
 
@@ -145,12 +138,12 @@ def layers(
   method: str = "__call__",
   **kwargs: Any,
 ) -> Layers:
-  """Finds the linear layers of a model, by tracing it once with `flax.nnx.eval_shape`.
+  """Find the linear layers of a model by tracing it once with `flax.nnx.eval_shape`.
 
-  It computes nothing, leaves the model as it is, and works for models of any size. Needed as
-  ``layers`` of `bnp_optax.scale_by_bnp` and `bnp_optax.bnp` for whatever is no plain Linear or
-  Conv: attention, LoRA, grouped and transposed convolutions, layers under `flax.nnx.scan` or
-  `flax.nnx.vmap`.
+  The trace computes nothing, does not change the model, and works for models of any size. Pass the
+  result as ``layers`` to `bnp_optax.scale_by_bnp` or `bnp_optax.bnp` if the model has layers other
+  than plain Linear and Conv: attention, LoRA, grouped and transposed convolutions, layers under
+  `flax.nnx.scan` or `flax.nnx.vmap`.
 
   Examples:
     >>> import bnp_optax, jax, jax.numpy as jnp
@@ -176,71 +169,65 @@ def layers(
     3 layers, 224 of 624 parameters
 
   Args:
-    model: the model; one made by `flax.nnx.eval_shape` will do.
-    *args: what the model is called with; `jax.ShapeDtypeStruct` will do for arrays.
-    strict: whether to raise if there is a linear layer that BNP cannot precondition.
-    exact_windows: as in `sow_statistics`.
-    method: the name of the method to trace.
-    **kwargs: what the model is called with by keyword.
+    model: The model; it may be the result of `flax.nnx.eval_shape`.
+    *args: Arguments of the model; arrays may be `jax.ShapeDtypeStruct`.
+    strict: Whether to raise if there is a linear layer that BNP cannot precondition.
+    exact_windows: As in `sow_statistics`.
+    method: Name of the method to trace.
+    **kwargs: Keyword arguments of the model.
 
   Returns:
     An immutable, hashable mapping from the path of each kernel to its layout. Printed, it is a
     table of all parameters.
 
   Raises:
-    ValueError: if `strict` and a linear layer cannot be covered; it names each, and says why.
+    ValueError: If `strict` and a linear layer cannot be covered. The message names each and why.
   """
 
-  def see(module: nnx.Module, call: Call) -> Any:
+  def record(module: nnx.Module, call: Call) -> Observation:
     kernel: Any = getattr(module, call.kernel)
-    return observe(call, type(module).__name__, kernel.shape)
+    return observe_call(call, type(module).__name__, kernel.shape)
 
   arrays, rebuild = split_arrays((args, kwargs))
 
   def trace(model: nnx.Module, arrays: list[Any]) -> Any:
     args, kwargs = rebuild(arrays)
-    with _reporting(see, merge_observations, exact_windows, object()):
+    with report_calls(Reporter(record, merge_observations, exact_windows)):
       return nnx.capture(getattr(model, method), Statistics)(*args, **kwargs)[1]
 
-  seen = nnx.eval_shape(trace, model, arrays)
-  return make_layers(nnx.state(model, nnx.Param), seen, {}, "", strict)
+  observations = nnx.eval_shape(trace, model, arrays)
+  return make_layers(nnx.state(model, nnx.Param), observations, {}, "", strict)
 
 
 @contextlib.contextmanager
-def _reporting(
-  see: Callable[[nnx.Module, Call], Any],
-  merge: Callable[[Any, Any], Any],
-  exact_windows: bool,
-  key: Hashable,
-) -> Iterator[None]:
-  """Within this context, ``see(module, call)`` is sown beside each linear layer that is called."""
+def report_calls(reporter: Reporter) -> Iterator[None]:
+  """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
   owners: dict[int, tuple[Any, nnx.Module]] = {}
 
   def report(module: nnx.Module, call: Call) -> None:
     kernel = getattr(module, call.kernel)
-    # The kernel is kept beside its owner, so that its id is nobody else's.
+    # A reference to the kernel keeps its id from being reused.
     _, owner = owners.setdefault(id(kernel), (kernel, module))
     if owner is not module:
       raise ValueError(
-        f"Layer {_describe(module, call)} shares its {call.kernel} with another module, and what "
-        "the two see would be taken for one's alone: share the module instead of the Param."
+        f"Layer {_describe(module, call)} shares its {call.kernel} with another module. Their "
+        "statistics would be attributed to one of them: share the module instead of the Param."
       )
     if not any(type(captured) is Statistics for captured in getattr(module, "__captures__", ())):
       raise ValueError(
-        f"Layer {_describe(module, call)} is called within sow_statistics, but nobody captures "
-        "what it sees: call the model through nnx.capture(model, bnp_optax.nnx.Statistics), and "
-        "models that are not trained outside of the context."
+        f"Layer {_describe(module, call)} is called within sow_statistics, but its statistics are "
+        "not captured: call the model through nnx.capture(model, bnp_optax.nnx.Statistics), and "
+        "call models that are not trained outside of the context."
       )
-    if (seen := see(module, call)) is not None:
-      _calls.sow(module, Statistics, call, seen, merge)
+    reporter.sow(module, Statistics, call)
 
-  with _calls.recording(_reporter, (report, exact_windows), key), _patched():
+  with activate(_active, (report, reporter), reporter.key), _patched():
     yield
 
 
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
-  """Within this context, of however many threads, the layers' classes report their calls."""
+  """Make the layers' classes report their calls while any thread is within this context."""
   global _open
   with _lock:
     if _open == 0:
@@ -261,13 +248,13 @@ def _patched() -> Iterator[None]:
 def _reporting_call(
   original: Callable[..., Any], reader: Callable[..., list[Call]]
 ) -> Callable[..., Any]:
-  """The function of a class that calls the original one and reports the call."""
+  """Return a ``__call__`` that calls the original one and reports the call."""
 
   def call_and_report(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     outputs = original(self, *args, **kwargs)
-    if (reporter := _reporter.get()) is not None:
-      report, exact_windows = reporter
-      method = original.__get__(self)
+    if (active := _active.get()) is not None:
+      report, reporter = active
+      method, exact_windows = original.__get__(self), reporter.exact_windows
       for call in _readers.read(reader, self, exact_windows, outputs, method, args, kwargs):
         report(self, call)
     return outputs
@@ -276,6 +263,6 @@ def _reporting_call(
 
 
 def _describe(module: nnx.Module, call: Call) -> str:
-  """What errors call a layer; it does not know its path."""
+  """Return what errors call a layer. An NNX module has no path."""
   kernel: Any = getattr(module, call.kernel)
   return f"{type(module).__name__} with {call.kernel} of shape {kernel.shape}"

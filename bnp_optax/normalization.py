@@ -1,8 +1,7 @@
-"""The batch normalization layers that Flax lacks, for comparison with BNP.
+"""Batch normalization layers that Flax lacks, for comparison with BNP.
 
-They read and keep what `flax.linen.BatchNorm` does: features are the last axis, `scale` and `bias`
-are parameters, running averages are in the collection `batch_stats`, and training is
-`use_running_average=False`. Sums are taken in float32 at least.
+They follow `flax.linen.BatchNorm`: features are the last axis, running averages are in the
+collection `batch_stats`, and `use_running_average=False` is training.
 """
 
 from typing import Any
@@ -12,55 +11,46 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnp_optax._layers import flatten, name_path
 from bnp_optax._statistics import accumulation_dtype
+from bnp_optax._trees import flatten, name_path
 
 _Moments = tuple[jax.Array, jax.Array]
-# The parameters of a normalization layer, and where they change nothing.
+# The parameters of a normalization layer, and their values in the identity.
 _IDENTITY = {"scale": 1.0, "bias": 0.0}
 
 
 class BatchRenorm(nn.Module):
-  """Batch Renormalization: BatchNorm that corrects towards its own running averages.
+  """Batch Renormalization: BatchNorm corrected towards its running averages.
 
   With the mean m and the deviation s = sqrt(variance + epsilon) of the batch, their running
-  averages mu and sigma from before this step, and no gradient through r and d::
+  averages mu and sigma before this step, and no gradient through r and d::
 
       r = clip(s / sigma, 1 / r_max, r_max)        d = clip((m - mu) / sigma, -d_max, d_max)
       y = scale ((x - m) / s r + d) + bias
       mu <- mu + (1 - momentum) (m - mu)           sigma <- sigma + (1 - momentum) (s - sigma)
 
-  and y = scale (x - mu) / sigma + bias in inference. With ``r_max=1, d_max=0`` it trains as
-  BatchNorm does; as long as nothing is clipped, outputs in training are those of inference.
-
-  The running averages are of the deviation, as the paper has it, where `flax.linen.BatchNorm` has
-  the variance. `tf.keras.layers.BatchNormalization` with ``renorm=True`` clips nothing unless it is
-  told to, which is ``r_max=math.inf, d_max=math.inf`` here, and corrects towards second running
-  averages with a momentum of their own; until TensorFlow 1, those were mixed with the batch's own
-  mean and deviation in the first steps.
+  and y = scale (x - mu) / sigma + bias in inference. With ``r_max=1, d_max=0`` training is that of
+  BatchNorm. While nothing is clipped, outputs in training equal those in inference.
 
   Examples:
     >>> import bnp_optax.normalization, jax, jax.numpy as jnp
     >>> norm = bnp_optax.normalization.BatchRenorm(momentum=0.9, r_max=3.0, d_max=5.0)
     >>> x = jnp.array([[1.0], [3.0]])
     >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
-    >>> y, updates = norm.apply(
-    ...   variables, x, use_running_average=False, mutable=["batch_stats"]
-    ... )
-    >>> print(y.ravel())  # corrected to what the running mean 0 and deviation 1 make of x
+    >>> y, new = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    >>> print(y.ravel())  # normalized with the running mean 0 and deviation 1, as in inference
     [1. 3.]
-    >>> print(updates["batch_stats"]["mean"], updates["batch_stats"]["count"])
+    >>> print(new["batch_stats"]["mean"], new["batch_stats"]["count"])
     [0.2] 1
 
   Attributes:
-    use_running_average: whether to normalize with the running averages, in inference. Give it here
-      or to the call.
-    momentum: decay of the running averages, 1 - alpha in the paper.
-    epsilon: added to the variance.
-    r_max: how far r may be from 1, at least 1; a number, or a schedule of the steps taken. As the
-      paper has it: 1 for 5,000 steps, then rising in a straight line to 3 at 40,000.
-    d_max: how far d may be from 0; likewise. As the paper has it: 0 for 5,000 steps, then rising in
-      a straight line to 5 at 25,000.
+    use_running_average: True for inference. Give it here or to the call.
+    momentum: Decay of the running averages, 1 - alpha in the paper.
+    epsilon: Added to the variance.
+    r_max: Upper bound of r, at least 1: a number, or a schedule over steps. The default is that of
+      the paper: 1 for 5,000 steps, then linear to 3 at step 40,000.
+    d_max: Upper bound of d: a number, or a schedule over steps. The default is that of the paper: 0
+      for 5,000 steps, then linear to 5 at step 25,000.
 
   References:
     Ioffe, `Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models
@@ -75,18 +65,11 @@ class BatchRenorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-    """Normalizes each feature.
-
-    Args:
-      x: ``[..., features]``.
-      use_running_average: as the attribute; only one of the two may be given.
-
-    Returns:
-      An array of the shape and dtype of `x`.
+    """Normalize each feature of `x`, ``[..., features]``; keep its shape and dtype.
 
     Raises:
-      TypeError: while tracing, if `x` does not hold floating-point numbers.
-      ValueError: while tracing, if `r_max` is below 1 or `d_max` below 0.
+      TypeError: While tracing, if `x` does not hold floating-point numbers.
+      ValueError: While tracing, if `r_max` is below 1 or `d_max` below 0.
     """
     inference = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
     features, dtype = x.shape[-1], _sum_dtype(self, x)
@@ -120,53 +103,43 @@ class BatchRenorm(nn.Module):
 
 
 class GhostBatchNorm(nn.Module):
-  """BatchNorm within small parts of the batch, groups of channels, and with the example itself.
+  """BatchNorm within ghost batches and groups of channels, with the example itself in inference.
 
-  Training divides the examples into ghost batches of consecutive examples, and the channels into
-  groups of consecutive channels; what is in the same ghost batch and the same group is normalized
-  together, over all positions: ``y = scale (x - mean) / sqrt(variance + epsilon) + bias``. It is
+  Training divides the examples into ghost batches of consecutive examples and the channels into
+  groups of consecutive channels. All values in the same ghost batch and group, over all positions,
+  are normalized together: ``y = scale (x - mean) / sqrt(variance + epsilon) + bias``. This is
 
-  - BatchNorm without any other argument;
-  - Ghost BatchNorm with `ghost_size`, which regularizes at large batches;
-  - the combination of BatchNorm and GroupNorm with `num_groups` or `group_size`, for small batches;
-    a ghost batch of one example is GroupNorm (but for inference).
+  - BatchNorm by default;
+  - Ghost BatchNorm with `ghost_size`, a regularizer at large batches;
+  - BatchNorm and GroupNorm combined with `num_groups` or `group_size`, for small batches.
 
-  The combination is one normalization over examples and channels together, not one after the other.
+  Inference averages the running E[x] and E[x^2] of each channel with those of the example, with the
+  weight `example_weight`, and then over a group of channels. The weight can be chosen after
+  training, on held-out data.
 
-  Inference mixes the running averages with the example's own moments, by a = `example_weight`: per
-  channel, E[x] = (1 - a) running E[x] + a example's E[x], and likewise E[x^2]. Both are averaged
-  over a group of channels, and mean and variance follow. That works on any trained network, so `a`
-  is chosen after training, on held-out data.
-
-  The running averages are of each channel's E[x] and E[x^2] over the whole batch, once a step. They
-  are kept as the mean and as the variance E[x^2] - E[x]^2, which contains how far the means of the
-  batches are apart; the running variance of `flax.linen.BatchNorm` does not. Hoffer et al. count
-  each ghost batch as a step, and average its deviation.
+  The running averages are those of E[x] and E[x^2] over the whole batch, so that the running
+  variance includes the variance between the means of batches. Hoffer et al. update once for each
+  ghost batch, and average its deviation.
 
   Examples:
     >>> import bnp_optax.normalization, jax, jax.numpy as jnp
     >>> norm = bnp_optax.normalization.GhostBatchNorm(ghost_size=2)
     >>> x = jnp.array([[1.0], [3.0], [10.0], [30.0]])
     >>> variables = norm.init(jax.random.key(0), x, use_running_average=False)
-    >>> y, updates = norm.apply(
-    ...   variables, x, use_running_average=False, mutable=["batch_stats"]
-    ... )
+    >>> y, new = norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
     >>> print(y.ravel().round(3))
     [-1.  1. -1.  1.]
-    >>> print(updates["batch_stats"]["mean"])
+    >>> print(new["batch_stats"]["mean"])
     [0.11]
 
   Attributes:
-    use_running_average: whether to normalize with the running averages, in inference. Give it here
-      or to the call.
-    momentum: decay of the running averages.
-    epsilon: added to the variance.
-    ghost_size: examples in a ghost batch; None for the whole batch. A smaller batch is one ghost
-      batch.
-    num_groups: how many groups of channels there are. Give this, or `group_size`, or none of them
-      for each channel by itself.
-    group_size: how many channels a group has.
-    example_weight: weight of the example's own moments in inference, from 0 to 1.
+    use_running_average: True for inference. Give it here or to the call.
+    momentum: Decay of the running averages.
+    epsilon: Added to the variance.
+    ghost_size: Number of examples in a ghost batch, at most the whole batch; None for all of it.
+    num_groups: Number of groups of channels. Without it and `group_size`, each channel is a group.
+    group_size: Number of channels in a group, as an alternative to `num_groups`.
+    example_weight: Weight of the example's moments in inference, from 0 to 1.
 
   References:
     Hoffer, Hubara and Soudry, `Train longer, generalize better: closing the generalization gap in
@@ -188,44 +161,35 @@ class GhostBatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-    """Normalizes the channels.
-
-    Args:
-      x: ``[batch, ..., channels]``.
-      use_running_average: as the attribute; only one of the two may be given.
-
-    Returns:
-      An array of the shape and dtype of `x`.
+    """Normalize the channels of `x`, ``[batch, ..., channels]``; keep its shape and dtype.
 
     Raises:
-      TypeError: while tracing, if `x` does not hold floating-point numbers.
-      ValueError: while tracing, if the batch is no whole number of ghost batches, or the channels
-        no whole number of groups; or if `example_weight` is not between 0 and 1.
+      TypeError: While tracing, if `x` does not hold floating-point numbers.
+      ValueError: While tracing, if the batch cannot be divided into ghost batches or the channels
+        into groups, or if `example_weight` is not in [0, 1].
     """
     inference = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
     (batch, *positions, channels), dtype = x.shape, _sum_dtype(self, x)
     groups = self._groups(channels)
-    if not 0 <= self.example_weight <= 1:
-      raise ValueError(
-        f"{_name(self)}: example_weight must be from 0 to 1, not {self.example_weight}."
-      )
+    if not 0 <= (weight := self.example_weight) <= 1:
+      raise ValueError(f"{_name(self)}: example_weight must be from 0 to 1, not {weight}.")
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, dtype)
     running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
     ghosts = batch if inference else self._ghosts(batch)
     # [ghosts, examples, *positions, groups, channels of a group]
     shape = (ghosts, batch // ghosts, *positions, groups, channels // groups)
     values = x.astype(dtype).reshape(shape)
-    rows, last = tuple(range(1, values.ndim - 2)), values.ndim - 1
+    axes, last = tuple(range(1, values.ndim - 2)), values.ndim - 1
     running_shape = (1,) * (values.ndim - 2) + shape[-2:]
     running = running_mean.value.reshape(running_shape), running_var.value.reshape(running_shape)
     if inference:
-      mean, variance = _mix(running, _moments(values, rows), self.example_weight)
+      mean, variance = _mix(running, _moments(values, axes), weight)
       variance = jnp.mean(variance, last, keepdims=True) + jnp.var(mean, last, keepdims=True)
       mean = jnp.mean(mean, last, keepdims=True)
     else:
-      mean, variance = _moments(values, (*rows, last))
+      mean, variance = _moments(values, (*axes, last))
       if not self.is_initializing():
-        new = _mix(running, _moments(values, (0, *rows)), 1 - self.momentum)
+        new = _mix(running, _moments(values, (0, *axes)), 1 - self.momentum)
         running_mean.value, running_var.value = (moment.reshape(channels) for moment in new)
     normalized = (values - mean) / jnp.sqrt(variance + self.epsilon)
     return _affine(self, normalized.reshape(x.shape), x)
@@ -233,10 +197,8 @@ class GhostBatchNorm(nn.Module):
   def _ghosts(self, batch: int) -> int:
     size = batch if self.ghost_size is None else min(self.ghost_size, batch)
     if size < 1 or batch % size:
-      raise ValueError(
-        f"{_name(self)}: {batch} examples cannot be divided into ghost batches of "
-        f"{self.ghost_size}. Choose a ghost_size that divides the batch size."
-      )
+      what = f"{batch} examples cannot be divided into ghost batches of {self.ghost_size}"
+      raise ValueError(f"{_name(self)}: {what}. Choose a ghost_size that divides the batch size.")
     return batch // size
 
   def _groups(self, channels: int) -> int:
@@ -253,11 +215,11 @@ class GhostBatchNorm(nn.Module):
 
 
 def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformation:
-  r"""Decays what normalization layers multiply with and add: towards 1 and 0, the identity.
+  r"""Decay the scales and biases of normalization layers towards the identity, 1 and 0.
 
-  The gradient of ``weight_decay / 2 (sum (scale - 1)^2 + sum bias^2)`` over all normalization
-  layers is added to the updates: put it before the optimizer. A normalization layer is whatever has
-  a parameter ``scale`` and no ``kernel``. (`optax.add_decayed_weights` decays towards 0.)
+  This adds the gradient of ``weight_decay / 2 (sum (scale - 1)^2 + sum bias^2)`` over all
+  normalization layers to the updates: put it before the optimizer. A module with a parameter
+  ``scale`` and no ``kernel`` is a normalization layer.
 
   Examples:
     >>> import bnp_optax.normalization, jax.numpy as jnp, optax
@@ -267,21 +229,18 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
     ... }
     >>> tx = bnp_optax.normalization.add_decayed_scale_and_bias(0.1)
     >>> updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
-    >>> updates["dense"]["bias"], updates["norm"]["scale"], updates["norm"]["bias"]
-    (Array([0.], dtype=float32), Array([0.2], dtype=float32), Array([0.2], dtype=float32))
+    >>> print(updates["dense"]["bias"], updates["norm"]["scale"], updates["norm"]["bias"])
+    [0.] [0.2] [0.2]
 
   Args:
-    weight_decay: how strong the decay is.
-
-  Returns:
-    The transformation.
+    weight_decay: Strength of the decay.
 
   Raises:
-    ValueError: from its update, if the parameters are not handed over.
+    ValueError: From ``update``, if it is not given the parameters.
 
   References:
     Summers and Dinneen, `Four Things Everyone Should Know to Improve Batch Normalization
-    <https://arxiv.org/abs/1906.03548>`_, ICLR 2020; that the scale decays towards 1 is from the
+    <https://arxiv.org/abs/1906.03548>`_, ICLR 2020. The decay of the scale towards 1 is that of the
     `authors' code <https://github.com/ceciliaresearch/four_things_batch_norm>`_.
   """
 
@@ -305,10 +264,7 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
 
 
 def _mix(old: _Moments, new: _Moments, weight: float) -> _Moments:
-  """Mean and variance of a mixture of two distributions, the new one with this weight.
-
-  It is averaging E[x] and E[x^2], without the cancellation of E[x^2] - E[x]^2.
-  """
+  """Average E[x] and E[x^2] with this weight of the new, without the cancellation in a variance."""
   (mean, variance), (new_mean, new_variance) = old, new
   apart = new_mean - mean
   return (
@@ -322,7 +278,7 @@ def _moments(values: jax.Array, axes: tuple[int, ...]) -> _Moments:
 
 
 def _affine(module: nn.Module, normalized: jax.Array, x: jax.Array) -> jax.Array:
-  """Multiplies with the scale and adds the bias."""
+  """Multiply by the scale and add the bias."""
   shape = (1,) * (x.ndim - 1) + x.shape[-1:]
   dtype = normalized.dtype
   scale, bias = (
@@ -340,4 +296,5 @@ def _sum_dtype(module: nn.Module, x: jax.Array) -> Any:
 
 
 def _name(module: nn.Module) -> str:
+  """Return what errors call a module."""
   return "/".join(module.path) or type(module).__name__

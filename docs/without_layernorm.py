@@ -35,7 +35,7 @@ class WithArguments(methods.Method):
   arguments: tuple[tuple[str, float], ...] = ()
 
   def make_optimizer(
-    self, rate: methods.Rate, layers: bnp_optax.linen.Layers
+    self, rate: methods.Rate, layers: bnp_optax.Layers
   ) -> optax.GradientTransformationExtraArgs:
     """The optimizer for a learning rate and the layers of a network."""
     return bnp_optax.bnp(self.optimizer(rate), layers=layers, **dict(self.arguments))

@@ -116,7 +116,7 @@ path             kind    shape  inputs  positions  preconditioned
 --------------------------------------------------------------------------------------------------------------------------------------------
 conv/kernel      Conv    3x1x8  2x5x4           5  yes
 embed/embedding          9x4                       passes through
-kernel                   3x2                       NO: no linear layer that BNP knows was called with it: a custom module, or not called
+kernel                   3x2                       NO: no supported linear layer was called with it: a custom module, or not called
 norm/bias                4                         passes through
 norm/scale               4                         passes through
 odd/bias                 3                         passes through
@@ -141,7 +141,7 @@ def test_the_table(everything):
 def test_strict_names_each_layer_and_why():
   with pytest.raises(ValueError, match="BNP cannot precondition these layers") as error:
     bnp_optax.linen.layers(Everything(), jnp.ones((2, 5), jnp.int32), strict=True)
-  assert "  kernel: no linear layer" in str(error.value)
+  assert "  kernel: no supported linear layer" in str(error.value)
   assert "  odd/kernel: in 'bd,dkl->bk'" in str(error.value)
   assert "conv" not in str(error.value)
 
@@ -152,7 +152,7 @@ def test_layers_are_an_immutable_hashable_mapping(everything):
   same = bnp_optax.linen.layers(Everything(), jnp.ones((2, 5), jnp.int32))
   assert (same == everything, hash(same) == hash(everything)) == (True, True)
   with pytest.raises(AttributeError):
-    everything.rows = ()
+    everything.entries = ()
   with pytest.raises(TypeError):
     everything["conv", "kernel"] = KernelLayout()  # pyright: ignore[reportIndexIssue]
 
@@ -166,7 +166,7 @@ def test_layers_survive_inject_hyperparams(everything):
 
 
 def test_layers_of_another_model(everything):
-  with pytest.raises(ValueError, match="None of the kernels that layers= names is in the param"):
+  with pytest.raises(ValueError, match="None of the kernels in layers= is in the parameters"):
     bnp_optax.scale_by_bnp(layers=everything).init({"params": {"kernel": jnp.ones((3, 2))}})
   with pytest.raises(ValueError, match="Layer conv: layers= has a layout of 3 axes"):
     bnp_optax.scale_by_bnp(layers=everything).init({"conv": {"kernel": jnp.ones((3, 2))}})

@@ -237,7 +237,7 @@ def test_lookahead_is_refused(problem):
   params, _, grads, stats = problem
   tx = optax.with_extra_args_support(optax.lookahead(sgd_on_bnp(), 5, 0.5))
   fast_and_slow = optax.LookaheadParams.init_synced(params)
-  with pytest.raises(ValueError, match="A wrapper that drops extra arguments loses them too"):
+  with pytest.raises(ValueError, match="A wrapper that drops extra arguments drops them too"):
     tx.update(grads, tx.init(fast_and_slow), fast_and_slow, stats=stats)
 
 

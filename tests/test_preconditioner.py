@@ -29,7 +29,7 @@ def canonical_layers(draw):
 
 def make(layer):
   full = lambda x: jnp.full((layer["w"].shape[0], 1, 1), float(x))
-  return _preconditioner.preconditioner(
+  return _preconditioner.make_preconditioner(
     jnp.asarray(layer["mu"]),
     jnp.asarray(layer["sigma2"]),
     layer["w"].shape[1],

@@ -292,7 +292,7 @@ def test_proposition_6():
     mu, sigma2 = _preconditioner.update_statistics(
       mu, sigma2, whole(s.mean), whole(s.variance), whole(s.rows), rho
     )
-    p = _preconditioner.preconditioner(mu, sigma2, 1, one * len(h), one, rho, rho)
+    p = _preconditioner.make_preconditioner(mu, sigma2, 1, one * len(h), one, rho, rho)
     return _preconditioner.precondition(p, g_w[None, None], g_b[None]), mu, sigma2
 
   def operations(N, n, m):

@@ -75,7 +75,7 @@ class Method:
   variants: tuple["Method", ...] = ()
 
   def make_optimizer(
-    self, rate: Rate, layers: bnp_optax.linen.Layers
+    self, rate: Rate, layers: bnp_optax.Layers
   ) -> optax.GradientTransformationExtraArgs:
     """The optimizer for a learning rate and the layers of a network."""
     inner = self.optimizer(rate)

@@ -1,7 +1,7 @@
-"""The paper's condition number: exact for small matrices, by Lanczos for large ones.
+"""The paper's condition number: exact for small matrices, by Lanczos' method for large ones.
 
-Everything here is NumPy in float64, whatever JAX computes in: float32 cannot tell a condition
-number above some 1e7 from a singular matrix.
+This module uses NumPy in float64. In float32, a matrix with a condition number above some 1e7 is
+indistinguishable from a singular one.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _FAILURE = 1e-6
 
 
 def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = None) -> np.ndarray:
-  r"""The largest singular value over the smallest nonzero one (section 1 of the paper).
+  r"""Compute the largest singular value over the smallest nonzero one.
 
   .. math::
     \kappa(A) = \sigma_{\max} / \sigma^*_{\min}
@@ -32,16 +32,16 @@ def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = 
     array(1.)
 
   Args:
-    matrix: ``[..., m, n]``; not a traced one. The singular values are computed in float64.
-    threshold: a singular value is nonzero if it is more than ``threshold`` times the largest.
-      None for ``sqrt(max(m, n))`` times the machine epsilon of the matrix's own dtype: what
-      rounding alone makes of a zero. A matrix of float32 activations is known to no more digits.
+    matrix: ``[..., m, n]``, not traced. The singular values are computed in float64.
+    threshold: A singular value counts as nonzero if it is more than ``threshold`` times the
+      largest. None for ``sqrt(max(m, n))`` times the machine epsilon of the matrix's dtype, the
+      size that rounding gives to a zero singular value.
 
   Returns:
     ``[...]``, float64, at least 1; NaN for a matrix of zeros.
 
   Raises:
-    ValueError: if an entry is not finite, or the matrix is complex.
+    ValueError: If an entry is not finite, or the matrix is complex.
 
   References:
     Lange, Helfrich, Ye, JMLR 23(72), 2022: the end of section 1.
@@ -57,19 +57,19 @@ def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = 
 
 
 def rounding(array: np.ndarray) -> float:
-  """What rounding makes of a zero singular value, relative to the largest."""
-  # JAX's, which know bfloat16.
+  """Return the size that rounding gives to a zero singular value, relative to the largest."""
+  # jnp.finfo, unlike np.finfo, supports bfloat16.
   dtype = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else np.dtype(np.float64)
   return math.sqrt(max(array.shape[-2:])) * float(jnp.finfo(dtype).eps)
 
 
 class Estimate(NamedTuple):
-  """A condition number and how good it is.
+  """A condition number and its error bound.
 
   Attributes:
-    value: never above the true one but for rounding.
-    error: the true one is at most ``value / (1 - error)``, but for one in a million random starts;
-      0 if it was computed exactly.
+    value: Lower bound of the condition number, up to rounding.
+    error: The condition number is at most ``value / (1 - error)``, except for one in a million
+      random starts. 0 if it was computed exactly.
   """
 
   value: float
@@ -79,27 +79,27 @@ class Estimate(NamedTuple):
 def estimate_condition_number(
   matrix: np.ndarray, threshold: float, *, exact: int = _EXACT
 ) -> Estimate:
-  r"""The condition number of a matrix that may be large.
+  r"""Estimate the condition number of a matrix that may be large.
 
-  A QR factorization reduces the matrix ``[m, n]`` to a triangular ``R`` with its singular values.
-  If ``min(m, n)`` is small, they are computed. Otherwise Lanczos' method, started at random, finds
-  the largest eigenvalues of :math:`R^T R` and of :math:`R^{-1} R^{-T}`. It never overestimates
-  them; after :math:`k` steps in dimension :math:`n` the relative error exceeds :math:`\epsilon`
-  with a probability of at most :math:`1.648 \sqrt n \, e^{-\sqrt\epsilon (2k - 1)}`, whatever the
-  eigenvalues are. A matrix that is singular to within the threshold has no inverse: there the
-  singular values are computed, however large it is.
+  A QR factorization reduces the matrix ``[m, n]`` to a triangular ``R`` with the same singular
+  values. If ``min(m, n)`` is small, they are computed. Otherwise Lanczos' method with a random
+  start finds the largest eigenvalues of :math:`R^T R` and of :math:`R^{-1} R^{-T}`. It never
+  overestimates them; after :math:`k` steps in dimension :math:`n` the relative error exceeds
+  :math:`\epsilon` with a probability of at most
+  :math:`1.648 \sqrt n \, e^{-\sqrt\epsilon (2k - 1)}`, whatever the eigenvalues are. The singular
+  values of a matrix that is singular to within the threshold are computed, whatever its size.
 
   Args:
     matrix: ``[m, n]``, float64.
-    threshold: as in `condition_number`.
-    exact: the largest ``min(m, n)`` whose singular values are computed.
+    threshold: As in `condition_number`.
+    exact: Largest ``min(m, n)`` for which the singular values are computed.
 
   References:
     Kuczynski, Wozniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms
     with a random start, SIAM J. Matrix Anal. Appl. 13(4), 1992.
   """
   _check_finite(matrix)
-  # A dead feature, or a window of padding, is a singular value of zero, and counts for nothing.
+  # Dead features and windows of padding only add singular values of zero.
   matrix = matrix[matrix.any(axis=1)][:, matrix.any(axis=0)]
   if matrix.size == 0:
     return Estimate(math.nan, 0.0)
@@ -108,7 +108,7 @@ def estimate_condition_number(
   n = len(r)
   diagonal = np.abs(np.diagonal(r))
   if n > exact and diagonal.min() > threshold * diagonal.max():
-    import scipy.linalg  # Here alone, so that importing the package does not.
+    import scipy.linalg  # Imported here to keep the import of the package light.
 
     def solve(x: np.ndarray, trans: int) -> np.ndarray:
       return scipy.linalg.solve_triangular(r, x, trans=trans, check_finite=False)
@@ -126,7 +126,7 @@ def estimate_condition_number(
 def _largest_eigenvalue(
   multiply: Callable[[np.ndarray], np.ndarray], n: int, rng: np.random.Generator
 ) -> float:
-  """The largest Ritz value of a symmetric matrix after `_STEPS` steps from a random vector."""
+  """Return the largest Ritz value of a symmetric matrix after `_STEPS` steps of Lanczos."""
   basis = np.zeros((min(_STEPS, n), n))
   diagonal, off_diagonal = [], []
   x = rng.normal(size=n)
@@ -135,7 +135,7 @@ def _largest_eigenvalue(
     basis[k] = x / beta
     x = multiply(basis[k])
     diagonal.append(float(basis[k] @ x))
-    # Against all of the basis, twice: Lanczos' own three terms lose orthogonality.
+    # Orthogonalize against the whole basis, twice: the three-term recurrence loses orthogonality.
     for _ in range(2):
       x = x - basis[: k + 1].T @ (basis[: k + 1] @ x)
     beta = float(np.linalg.norm(x))

@@ -1,4 +1,4 @@
-"""The Hessian of the loss in one unit's bias and weights, and in its outputs."""
+"""The Hessian of the loss with respect to one unit's weights, and to its outputs."""
 
 from collections.abc import Callable
 import contextlib
@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnp_optax import _calls
-from bnp_optax._layers import Path
-from bnp_optax._matching import Layer, Layouts, find_layers, flatten_masked
+from bnp_optax._matching import Layer, Layouts, choose_layer, find_layers
+from bnp_optax._reporting import activate
+from bnp_optax._trees import Path, flatten_masked
 
 _perturbation: contextvars.ContextVar[Any] = contextvars.ContextVar("perturbation", default=None)
 
@@ -25,7 +25,7 @@ def unit_hessian(
   *,
   layers: Layouts | None = None,
 ) -> jax.Array:
-  r"""The exact Hessian of the loss in one unit's bias and weights, by automatic differentiation.
+  r"""Compute the exact Hessian of the loss with respect to one unit's bias and weights.
 
   It is :math:`\nabla^2_{\hat w} L = \hat H^T S \hat H` (Propositions 2 and 9), with `hidden_matrix`
   and `unit_curvature`; preconditioned it is :math:`P^T \nabla^2_{\hat w} L \, P` (Theorem 3).
@@ -42,17 +42,17 @@ def unit_hessian(
            [ 4., 10.]], dtype=float32)
 
   Args:
-    loss_fn: from the parameters to the loss, a scalar; it may be that of any framework.
-    params: the parameters.
-    layer: the path of the layer's kernel; None for the only one of a model.
-    unit: which output of the layer, counted as in its bias, flattened.
-    layers: as in `bnp_optax.scale_by_bnp`.
+    loss_fn: Maps the parameters to the loss, a scalar; any framework will do.
+    params: The parameters.
+    layer: Path of the layer's kernel; None for the only layer of a model.
+    unit: Index of the output in the layer's bias, flattened.
+    layers: As in `bnp_optax.scale_by_bnp`.
 
   Returns:
     ``[1 + inputs, 1 + inputs]``: the bias, then the weights in the order of `hidden_matrix`.
 
   Raises:
-    ValueError: if the layer or the unit is not found.
+    ValueError: If the layer or the unit is not found.
   """
   found = choose_layer(find_layers(params, layers), layer)
   leaves, treedef = flatten_masked(params)
@@ -60,12 +60,12 @@ def unit_hessian(
   bias = None if found.bias is None else leaves[found.bias]
   w, b = found.layout.to_canonical(kernel, bias)
   _check_unit(found, unit, kernel.shape)
-  where = divmod(unit, w.shape[-1])
+  entry = divmod(unit, w.shape[-1])
 
   def loss_of_unit(w_hat: jax.Array) -> jax.Array:
     weights = w_hat if b is None else w_hat[1:]
-    new_w = w.at[where[0], :, :, where[1]].set(weights.reshape(w.shape[1:3]))
-    new_b = None if b is None else b.at[where].set(w_hat[0])
+    new_w = w.at[entry[0], :, :, entry[1]].set(weights.reshape(w.shape[1:3]))
+    new_b = None if b is None else b.at[entry].set(w_hat[0])
     new = list(leaves)
     new_w, new_b = found.layout.from_canonical(new_w, new_b, kernel.shape)
     for i, x in ((found.kernel, new_w), (found.bias, new_b)):
@@ -73,9 +73,9 @@ def unit_hessian(
         new[i] = x
     return loss_fn(treedef.unflatten(new))
 
-  w_hat = w[where[0], :, :, where[1]].ravel()
+  w_hat = w[entry[0], :, :, entry[1]].ravel()
   if b is not None:
-    w_hat = jnp.concatenate([b[where][None], w_hat])
+    w_hat = jnp.concatenate([b[entry][None], w_hat])
   return jax.hessian(loss_of_unit)(w_hat)
 
 
@@ -87,14 +87,14 @@ def unit_curvature(
   *,
   layers: Layouts | None = None,
 ) -> jax.Array:
-  r"""The matrix S: the Hessian of the loss in one unit's outputs, over all rows.
+  r"""Compute the matrix S: the Hessian of the loss with respect to one unit's outputs.
 
   .. math::
     S_{ij} = \frac{\partial^2 L}{\partial a_i \partial a_j}, \qquad
     \nabla^2_{\hat w} L = \hat H^T S \hat H
 
-  A dense layer's is diagonal, :math:`\frac1N L''(a_j)`, where the loss is a mean over examples
-  (Proposition 2); a convolution's has a block for each example (Proposition 9).
+  For a dense layer S is diagonal, :math:`\frac1N L''(a_j)`, if the loss is a mean over examples
+  (Proposition 2). For a convolution S has a block for each example (Proposition 9).
 
   Examples:
     >>> from bnp_optax import conditioning
@@ -110,18 +110,18 @@ def unit_curvature(
            [ 4., 10.]], dtype=float32)
 
   Args:
-    loss_fn: from the parameters to the loss, a scalar; it calls a Linen model.
-    params: the parameters.
-    layer: the path of the layer's kernel; None for the only one of a model.
-    unit: which output of the layer, counted as in its bias.
-    layers: as in `bnp_optax.scale_by_bnp`.
+    loss_fn: Maps the parameters to the loss, a scalar. It calls a Linen model.
+    params: The parameters.
+    layer: Path of the layer's kernel; None for the only layer of a model.
+    unit: Index of the output in the layer's bias.
+    layers: As in `bnp_optax.scale_by_bnp`.
 
   Returns:
     ``[rows, rows]``, the rows in the order of `hidden_matrix`.
 
   Raises:
-    ValueError: if the layer or the unit is not found, if the layer is a stack of several, or is not
-      called exactly once.
+    ValueError: If the layer or the unit is not found, or if the layer is a stack of several or is
+      not called exactly once.
   """
   found = choose_layer(find_layers(params, layers), layer)
   leaves, _ = flatten_masked(params)
@@ -154,7 +154,7 @@ def unit_curvature(
 
 @contextlib.contextmanager
 def _changed(path: Path, change: Callable[[jax.Array], jax.Array]) -> Any:
-  """Within this context, a Linen module returns what ``change`` makes of its outputs."""
+  """Apply ``change`` to the outputs of a Linen module within this context."""
 
   def interceptor(
     next_fun: Callable[..., Any],
@@ -163,26 +163,15 @@ def _changed(path: Path, change: Callable[[jax.Array], jax.Array]) -> Any:
     context: nn.module.InterceptorContext,
   ) -> Any:
     outputs = next_fun(*args, **kwargs)
-    here = context.module.path == path and context.method_name == "__call__"
-    return change(outputs) if here and _perturbation.get() is change else outputs
+    matches = context.module.path == path and context.method_name == "__call__"
+    return change(outputs) if matches and _perturbation.get() is change else outputs
 
-  # The key keeps functions that were traced without the change, or with another, from being reused.
-  with _calls.recording(_perturbation, change, object()), nn.intercept_methods(interceptor):
+  # The unique key prevents the reuse of functions that were traced without this change.
+  with activate(_perturbation, change, object()), nn.intercept_methods(interceptor):
     yield
 
 
 def _check_unit(layer: Layer, unit: int, kernel_shape: tuple[int, ...]) -> None:
   outputs = math.prod(layer.layout.bias_shape(kernel_shape))
   if not 0 <= unit < outputs:
-    raise ValueError(f"Layer {layer}: there is no unit {unit}; it has {outputs} outputs.")
-
-
-def choose_layer(layers: list[Layer], path: Path | None) -> Layer:
-  """The layer whose kernel is at a path; the only one for None."""
-  found = [layer for layer in layers if path is None or layer.path == tuple(path)]
-  if len(found) != 1:
-    raise ValueError(
-      f"{'Several layers' if found else f'No layer at {path}'}: give layer= one of "
-      f"{[layer.path for layer in layers]}."
-    )
-  return found[0]
+    raise ValueError(f"Layer {layer}: no unit {unit}; the layer has {outputs} outputs.")

@@ -1,8 +1,8 @@
-"""What a layer's running statistics and those of one batch say about its conditioning.
+"""A prediction of a layer's conditioning from its running statistics and those of one batch.
 
-A layer's Gram matrix is modelled with uncorrelated features: a diagonal matrix plus one of rank
-one, whose extreme eigenvalues are roots of a scalar equation. So all of it costs a few
-hundred passes over the mean and variance.
+The model assumes uncorrelated features. The Gram matrix is then a diagonal matrix plus one of rank
+one, and its extreme eigenvalues are roots of a scalar equation. The prediction costs a few hundred
+passes over the mean and variance.
 """
 
 from typing import Any
@@ -22,32 +22,35 @@ def layer_values(
   shape: tuple[int, ...],
   mean: jax.Array,
   variance: jax.Array,
-  seen: LayerStatistics | None,
+  batch: LayerStatistics | None,
   eps_1: jax.typing.ArrayLike,
   eps_2: jax.typing.ArrayLike,
 ) -> dict[str, jax.Array]:
-  """The fields of `Diagnostics` for one layer, a scalar each; see there."""
+  """Return the fields of `Diagnostics` for one layer, a scalar each."""
   layout, bias = layer.layout, layer.bias is not None
-  if seen is None:
+  if batch is None:
     empty = jnp.zeros(layout.statistics_shape(shape)[:-1], mean.dtype)
     none = jnp.full(mean.shape, jnp.nan, mean.dtype)
-    seen = LayerStatistics(empty, empty, none, none, none)
+    batch = LayerStatistics(empty, empty, none, none, none)
   mu, sigma2, mu_H, sigma2_H = (
     layout.statistics_to_canonical(x.astype(mean.dtype), shape)
-    for x in (mean, variance, seen.mean, seen.variance)
+    for x in (mean, variance, batch.mean, batch.variance)
   )
   rows, examples = (
-    layout.scalars_to_canonical(x.astype(mean.dtype)[..., None]) for x in (seen.rows, seen.examples)
+    layout.scalars_to_canonical(x.astype(mean.dtype)[..., None])
+    for x in (batch.rows, batch.examples)
   )
   window = layout.window_size(shape)
   eps_1, eps_2 = (jnp.asarray(x, mean.dtype) for x in (eps_1, eps_2))
   examples = jnp.maximum(examples, 1)
-  p = _preconditioner.preconditioner(mu, sigma2, window, examples, rows / examples, eps_1, eps_2)
+  p = _preconditioner.make_preconditioner(
+    mu, sigma2, window, examples, rows / examples, eps_1, eps_2
+  )
   copies = window // mu.shape[1]
   stack = len(mu)
   mu, sigma, mu_H, sigma2_H = (x.reshape(stack, -1) for x in (p.mu, p.sigma, mu_H, sigma2_H))
 
-  # A constant has no variance but that of its rounding.
+  # The variance of a constant is not 0 but that of its rounding.
   alive = sigma2_H > (4 * jnp.finfo(mean.dtype).eps * mu_H) ** 2
   widest = jnp.max(sigma2_H, axis=-1, where=alive, initial=0)
   narrowest = jnp.min(sigma2_H, axis=-1, where=alive, initial=jnp.inf)
@@ -78,13 +81,14 @@ def layer_values(
 def _extreme_eigenvalues(
   variance: jax.Array, mean: jax.Array, alive: jax.Array, copies: int, bias: bool
 ) -> tuple[jax.Array, jax.Array]:
-  r"""The largest and the smallest nonzero eigenvalue of :math:`\hat H^T \hat H / \text{rows}`.
+  r"""Return the largest and the smallest nonzero eigenvalue of the Gram matrix.
 
-  With uncorrelated features that matrix is :math:`\mathrm{diag}(d) + z z^T`, where :math:`d` is the
-  variance and :math:`z` the mean of each column, 0 and 1 for the column :math:`e`. Its eigenvalues
-  are the roots of :math:`1 + \sum z^2 / (d - \lambda)`, which rises between its poles.
+  With uncorrelated features :math:`\hat H^T \hat H / \text{rows} = \mathrm{diag}(d) + z z^T`, where
+  :math:`d` is the variance and :math:`z` the mean of each column, 0 and 1 for the column :math:`e`.
+  Its eigenvalues are the roots of :math:`1 + \sum z^2 / (d - \lambda)`, which increases between its
+  poles.
   """
-  # Constant columns are multiples of e: together they make one column.
+  # Constant columns are multiples of e and merge into one column.
   constant = jnp.sum(jnp.where(alive, 0, copies * mean**2), axis=-1, keepdims=True) + int(bias)
   d = jnp.concatenate(
     [jnp.where(constant > 0, 0, jnp.inf), jnp.where(alive, variance, jnp.inf)], -1
@@ -94,7 +98,7 @@ def _extreme_eigenvalues(
   top = jnp.max(jnp.where(finite, d, 0), axis=-1)
   first, second = jnp.sort(jnp.concatenate([d, jnp.full_like(constant, jnp.inf)], -1), -1)[:, :2].T
   if copies > 1:
-    # Only the column e is there once.
+    # Every other column appears once for each copy.
     second = jnp.where(first > 0, first, second)
   total = jnp.sum(z2, axis=-1)
 

@@ -1,4 +1,4 @@
-"""`diagnose`: how each layer fares during training, from the statistics alone."""
+"""`diagnose`: the condition of each layer during training, from the statistics alone."""
 
 import dataclasses
 from typing import Any
@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnp_optax._layers import by_kernel, flatten
-from bnp_optax._matching import Layouts, find_layers, flatten_masked, match_statistics
-from bnp_optax._prediction import layer_values
+from bnp_optax._layers import plain_table
+from bnp_optax._matching import Layouts, find_layers, match_statistics
+from bnp_optax._running import ScaleByBnpState
 from bnp_optax._statistics import LayerStatistics
-from bnp_optax._table import plain_table
-from bnp_optax._transform import ScaleByBnpState
+from bnp_optax._trees import by_kernel, flatten, flatten_masked, is_masked
+from bnp_optax.conditioning._prediction import layer_values
 
 _LARGE_EIGENVALUE = 10.0
 _OUTLIER = 1e4
@@ -22,34 +22,34 @@ _OUTLIER = 1e4
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-  r"""How each layer fares at one step; printed, it is a table.
+  r"""The condition of each layer at one step. Printed, it is a table.
 
-  Every array is ``[layers]``, float32, in the order of ``names``; of a stack of linear maps, the
-  worst one counts. Below, :math:`\mu, \tilde\sigma` are the preconditioner's mean and deviation,
-  :math:`\mu_H, \sigma_H^2` those of the batch.
+  Every array is ``[layers]``, float32, in the order of ``names``. A stack of linear maps is
+  represented by the worst one. Below, :math:`\mu, \tilde\sigma` are the preconditioner's mean and
+  deviation, and :math:`\mu_H, \sigma_H^2` are the mean and variance of the batch.
 
   Attributes:
-    rows: the number of rows of H in the batch; 0 if the layer's statistics are missing.
-    features: the number of features.
-    inputs: the number of inputs of one output: window times features of a group.
-    dead: the number of features that are constant over the batch.
-    spread: the largest over the smallest of the variances :math:`\sigma_H^2` that are not zero.
-    outlier: the largest of these variances over their median. Where it is above 100, the paper's
+    rows: Number of rows of H in the batch; 0 if the layer's statistics are missing.
+    features: Number of features.
+    inputs: Number of inputs of one output: window times features of a group.
+    dead: Number of features that are constant over the batch.
+    spread: The largest over the smallest nonzero variance :math:`\sigma_H^2`.
+    outlier: The largest of these variances over their median. Above 100, the paper's
       :math:`\epsilon_1` keeps P from normalizing most features.
     kappa_D: :math:`\kappa(D)` of the preconditioner's :math:`D = \mathrm{diag}(1, 1/\tilde\sigma)`.
-    lag: how far the running mean is from the batch's, in standard deviations: the root mean square
-      of :math:`\delta = (\mu_H - \mu) / \tilde\sigma` over the features.
-    variance_ratio: the largest :math:`\sigma_H^2 / \tilde\sigma^2`. Above 1 the running variance
-      is too small for this batch; below, it has not come down yet from the 1 that it starts with,
-      and the layer's steps will still grow by as much.
-    largest_eigenvalue: the predicted largest eigenvalue of
-      :math:`P^T \hat H^T \hat H P / \text{rows}`, were the features uncorrelated. It is 1 if the
-      statistics are those of the batch; a lag alone makes it :math:`1 + n \delta^2` or up to 1
-      more, where :math:`n` counts the inputs of one output.
-    q2: the paper's :math:`q^2`.
-    improvement: by how much P lowers the condition number of :math:`\hat H^T \hat H`, were the
-      features uncorrelated. Below 1, BNP does harm.
-    names: the layers.
+    lag: Distance of the running mean from that of the batch, in standard deviations: the root mean
+      square of :math:`\delta = (\mu_H - \mu) / \tilde\sigma` over the features.
+    variance_ratio: The largest :math:`\sigma_H^2 / \tilde\sigma^2`. Above 1, the running variance
+      is too small for this batch. Below 1, it is still decreasing from its initial value of 1, and
+      the layer's steps will grow by the inverse factor.
+    largest_eigenvalue: Predicted largest eigenvalue of
+      :math:`P^T \hat H^T \hat H P / \text{rows}` for uncorrelated features. It is 1 if the
+      running statistics equal those of the batch. A lag alone makes it :math:`1 + n \delta^2` or up
+      to 1 more, where :math:`n` is the number of inputs of one output.
+    q2: The paper's :math:`q^2`.
+    improvement: Factor by which P lowers the condition number of :math:`\hat H^T \hat H`, for
+      uncorrelated features. Below 1, BNP raises it.
+    names: The layers.
   """
 
   rows: jax.Array
@@ -67,11 +67,11 @@ class Diagnostics:
   names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
   def notes(self) -> list[str]:
-    """What is wrong with each layer, in words; empty where nothing is.
+    """Describe the problems of each layer in words; a healthy layer gets an empty string.
 
-    It names layers that were not seen or whose statistics are not finite; more than half of whose
-    inputs are dead; with an outlier above 1e4; with a largest eigenvalue above 10 times what the
-    noise of a batch's own mean makes it, 1 + inputs / rows; and those to which BNP does harm.
+    A note reports missing statistics, statistics that are not finite, more than half of the inputs
+    dead, an outlier above 1e4, a largest eigenvalue above 10 times 1 + inputs / rows (its value
+    under the sampling noise of a batch's mean), and an improvement below 1.
     """
     values = {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)[:-1]}
     return [
@@ -80,7 +80,7 @@ class Diagnostics:
     ]
 
   def __str__(self) -> str:
-    """The table, as plain text."""
+    """Return the table as plain text."""
     columns = (
       "spread",
       "kappa_D",
@@ -108,10 +108,10 @@ def diagnose(
   eps_absolute: jax.typing.ArrayLike = 1e-4,
   layers: Layouts | None = None,
 ) -> Diagnostics:
-  r"""Says how each layer fares, from BNP's state and the statistics of one batch.
+  r"""Report the condition of each layer, from BNP's state and the statistics of one batch.
 
-  Call it in the training step, after ``update``, with what ``update`` was given and returned. It is
-  traced like the step, works under `jax.jit` and `jax.lax.scan`, and costs O(features) a layer.
+  Call it in the training step, after ``update``, with the arguments and the new state of
+  ``update``. It works under `jax.jit` and `jax.lax.scan` and costs O(features) for each layer.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
@@ -128,25 +128,25 @@ def diagnose(
     ['the running mean is 9.8 deviations behind']
 
   Args:
-    params: the parameters, or their shapes.
-    state: the optimizer's state, however deep BNP's own lies in it.
-    stats: the statistics of the forward pass. A layer that is missing there is reported, not an
-      error.
-    eps_relative: as given to `bnp_optax.scale_by_bnp`.
-    eps_absolute: as given to `bnp_optax.scale_by_bnp`.
-    layers: as given to `bnp_optax.scale_by_bnp`.
+    params: The parameters, or their shapes.
+    state: The optimizer's state, which contains that of BNP at any depth.
+    stats: The statistics of the forward pass. A layer that is missing there is reported and is not
+      an error.
+    eps_relative: As given to `bnp_optax.scale_by_bnp`.
+    eps_absolute: As given to `bnp_optax.scale_by_bnp`.
+    layers: As given to `bnp_optax.scale_by_bnp`.
 
   Returns:
     A pytree of arrays ``[layers]`` for the layers that BNP preconditions.
 
   Raises:
-    ValueError: while tracing, if there is no state of BNP in `state`, or if it does not fit.
+    ValueError: While tracing, if there is no state of BNP in `state`, or if it does not fit.
   """
   leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByBnpState))
   states = [x for x in leaves if isinstance(x, ScaleByBnpState)]
   if not states:
     raise ValueError(
-      "diagnose: no state of scale_by_bnp or bnp in the optimizer's state, a tree of "
+      "diagnose: there is no state of scale_by_bnp or bnp in the optimizer's state, a tree of "
       f"{jax.tree.structure(state)}."
     )
   means, variances = (
@@ -154,8 +154,8 @@ def diagnose(
       path: x
       for s in states
       for path, x in flatten(getattr(s, field), optax.MaskedNode)
-      # Another optimizer of a partition may have the layer.
-      if not isinstance(x, optax.MaskedNode)
+      # The layer may belong to another optimizer of a partition.
+      if not is_masked(x)
     }
     for field in ("input_mean", "input_variance")
   )
@@ -166,14 +166,14 @@ def diagnose(
   sown = by_kernel(stats, LayerStatistics)
   present = [layer for layer in preconditioned if layer.path in sown]
   matched = match_statistics(present, leaves, stats) if present else []
-  seen = {layer.path: x for layer, x in zip(present, matched, strict=True)}
+  batches = {layer.path: x for layer, x in zip(present, matched, strict=True)}
   values = [
     layer_values(
       layer,
       leaves[layer.kernel].shape,
       means[layer.path],
       variances[layer.path],
-      seen.get(layer.path),
+      batches.get(layer.path),
       eps_relative,
       eps_absolute,
     )
@@ -184,7 +184,7 @@ def diagnose(
 
 
 def heat_map(history: Diagnostics, quantity: str = "largest_eigenvalue") -> Any:
-  """Draws one quantity of every layer over training: a row a layer, a column a step.
+  """Draw one quantity of every layer over training, with layers down and steps across.
 
   Examples:
     >>> import jax, jax.numpy as jnp
@@ -193,14 +193,14 @@ def heat_map(history: Diagnostics, quantity: str = "largest_eigenvalue") -> Any:
     >>> conditioning.heat_map(history, "lag").savefig("lag.png")  # doctest: +SKIP
 
   Args:
-    history: a `Diagnostics` whose arrays are ``[steps, layers]``, as `jax.lax.scan` stacks them.
-    quantity: the name of one of its arrays.
+    history: A `Diagnostics` whose arrays are ``[steps, layers]``, as `jax.lax.scan` stacks them.
+    quantity: Name of one of its arrays.
 
   Returns:
-    A `matplotlib.figure.Figure`, its colours on a logarithmic scale.
+    A `matplotlib.figure.Figure` with a logarithmic colour scale.
 
   Raises:
-    ValueError: if the arrays have no axis of steps.
+    ValueError: If the arrays have no axis of steps.
   """
   from matplotlib.colors import LogNorm
   from matplotlib.figure import Figure
@@ -235,8 +235,9 @@ def _note(
   improvement: float,
   **_: float,
 ) -> str:
+  """Describe the problems of one layer."""
   if rows == 0:
-    return "not seen: no statistics, or no rows"
+    return "no statistics, or no rows"
   if np.isnan(largest_eigenvalue):
     return "its statistics are not finite"
   notes = []
@@ -250,5 +251,5 @@ def _note(
     else:
       notes.append(f"a variance is {variance_ratio:.2g} times the preconditioner's")
   if improvement < 1:
-    notes.append("the preconditioner does harm")
+    notes.append("BNP raises the condition number")
   return "; ".join(notes)

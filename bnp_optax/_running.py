@@ -1,0 +1,203 @@
+"""The running statistics of all layers: their state, one update, and the P that they give.
+
+`bnp_optax.scale_by_bnp` and `bnp_optax.bnp` are two entry points on this module. Matching happens
+while tracing; a compiled step holds arithmetic alone.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnp_optax import _preconditioner
+from bnp_optax._matching import (
+  Layer,
+  Layouts,
+  check_state,
+  find_layers,
+  match_state,
+  match_statistics,
+)
+from bnp_optax._preconditioner import Preconditioner
+from bnp_optax._statistics import LayerStatistics, accumulation_dtype
+from bnp_optax._trees import flatten_masked, unboxed
+
+# A function of P, a kernel and a bias in canonical form.
+_LayerFunction = Callable[
+  [Preconditioner, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array | None]
+]
+
+
+class ScaleByBnpState(NamedTuple):
+  """State of `scale_by_bnp`.
+
+  Attributes:
+    count: Number of updates so far, an int32 scalar.
+    input_mean: Running mean of each layer's inputs. It has the structure of the parameters (without
+      their metadata, if any), with an array ``[*stack, features]`` at each kernel, float32 (float64
+      where the kernel is float64), and `optax.MaskedNode` at every other leaf.
+    input_variance: Running variance of each layer's inputs, in the form of ``input_mean``.
+    nonfinite_count: Number of times that a layer's statistics were left out because they were not
+      finite or had no rows, summed over layers and updates: an int32 scalar. It stays 0 in a
+      healthy run.
+  """
+
+  count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+  input_mean: optax.Updates
+  input_variance: optax.Updates
+  nonfinite_count: jax.typing.ArrayLike
+
+
+class Preconditioners(NamedTuple):
+  """The preconditioner of every layer of a tree of parameters.
+
+  Attributes:
+    layers: The layers.
+    P: The preconditioner of each.
+  """
+
+  layers: list[Layer]
+  P: list[Preconditioner]
+
+  def map(self, function: _LayerFunction, tree: optax.Updates) -> optax.Updates:
+    """Apply ``function(P, kernel, bias)`` to every layer; other leaves pass through."""
+    leaves, treedef = flatten_masked(tree)
+    for layer, p in zip(*self, strict=True):
+      kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
+      dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
+      w, b = layer.layout.to_canonical(
+        kernel.astype(dtype), None if bias is None else bias.astype(dtype)
+      )
+      p = Preconditioner(*(x.astype(dtype) for x in p))
+      w, b = layer.layout.from_canonical(*function(p, w, b), kernel.shape)
+      for i, x in ((layer.kernel, w), (layer.bias, b)):
+        if i is not None and x is not None:
+          leaves[i] = x.astype(leaves[i].dtype)
+    return treedef.unflatten(leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningStatistics:
+  """Steps 2 and 3 of the algorithms for all layers. `scale_by_bnp` documents the fields.
+
+  Raises:
+    ValueError: If `decay` or an epsilon is out of range.
+  """
+
+  decay: jax.typing.ArrayLike
+  eps_relative: jax.typing.ArrayLike
+  eps_absolute: jax.typing.ArrayLike
+  layers: Layouts | None
+
+  def __post_init__(self) -> None:
+    """Raise ValueError for values out of range, as far as they are concrete while tracing."""
+    _check_range("decay", self.decay, 1.0)
+    _check_range("eps_relative", self.eps_relative, math.inf)
+    _check_range("eps_absolute", self.eps_absolute, math.inf)
+
+  def init(self, params: optax.Params) -> ScaleByBnpState:
+    """Return the state before the first batch: mean 0 and variance 1 for every layer."""
+    params = unboxed(params)
+    leaves, treedef = flatten_masked(params)
+    mean: list[Any] = [optax.MaskedNode()] * len(leaves)
+    variance = list(mean)
+    for layer in find_layers(params, self.layers):
+      kernel = leaves[layer.kernel]
+      shape = layer.layout.statistics_shape(kernel.shape)
+      dtype = accumulation_dtype(kernel.dtype)
+      mean[layer.kernel] = jnp.zeros(shape, dtype)
+      variance[layer.kernel] = jnp.ones(shape, dtype)
+    return ScaleByBnpState(
+      count=jnp.zeros([], jnp.int32),
+      input_mean=treedef.unflatten(mean),
+      input_variance=treedef.unflatten(variance),
+      nonfinite_count=jnp.zeros([], jnp.int32),
+    )
+
+  def update(
+    self, updates: optax.Updates, state: ScaleByBnpState, stats: Any
+  ) -> tuple[ScaleByBnpState, Preconditioners]:
+    """Update the running statistics by those of a batch and return the P that they give."""
+    check_state(state, ScaleByBnpState)
+    updates = unboxed(updates)
+    leaves, treedef = flatten_masked(updates)
+    layers = find_layers(updates, self.layers)
+    mean = match_state("input_mean", state.input_mean, treedef, leaves, layers)
+    variance = match_state("input_variance", state.input_variance, treedef, leaves, layers)
+    batches = match_statistics(layers, leaves, stats)
+
+    preconditioners = []
+    nonfinite = state.nonfinite_count
+    for layer, batch in zip(layers, batches, strict=True):
+      i = layer.kernel
+      batch = jax.tree.map(lambda x, dtype=mean[i].dtype: x.astype(dtype), batch)
+      mean[i], variance[i], finite = self._advance(layer, mean[i], variance[i], batch)
+      nonfinite += jnp.sum(~finite, dtype=jnp.int32)
+      preconditioners.append(
+        self._preconditioner(layer, leaves[i].shape, mean[i], variance[i], batch)
+      )
+    new_state = ScaleByBnpState(
+      count=optax.safe_increment(state.count),
+      input_mean=treedef.unflatten(mean),
+      input_variance=treedef.unflatten(variance),
+      nonfinite_count=nonfinite,
+    )
+    return new_state, Preconditioners(layers, preconditioners)
+
+  def _advance(
+    self, layer: Layer, mu: jax.Array, sigma2: jax.Array, batch: LayerStatistics
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Take step 2 for one layer; statistics that are not finite change nothing."""
+    rows = batch.rows[..., None]
+    if layer.bias is None:
+      # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
+      mu_H, sigma2_H, rows = jnp.zeros_like(mu), batch.mean_square, jnp.zeros_like(rows)
+    else:
+      mu_H, sigma2_H = batch.mean, batch.variance
+    # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
+    new_mu, new_sigma2 = _preconditioner.update_statistics(
+      mu, sigma2, mu_H, sigma2_H, rows, jnp.asarray(1 - self.decay, mu.dtype)
+    )
+    finite = jnp.all(jnp.isfinite(new_mu) & jnp.isfinite(new_sigma2), axis=-1, keepdims=True)
+    return jnp.where(finite, new_mu, mu), jnp.where(finite, new_sigma2, sigma2), finite
+
+  def _preconditioner(
+    self,
+    layer: Layer,
+    shape: tuple[int, ...],
+    mu: jax.Array,
+    sigma2: jax.Array,
+    batch: LayerStatistics,
+  ) -> Preconditioner:
+    """Take step 3 for one layer whose kernel has a shape."""
+    layout = layer.layout
+    examples = jnp.maximum(batch.examples, 1)[..., None]
+    positions = batch.rows[..., None] / examples
+    return _preconditioner.make_preconditioner(
+      layout.statistics_to_canonical(mu, shape),
+      layout.statistics_to_canonical(sigma2, shape),
+      layout.window_size(shape),
+      layout.scalars_to_canonical(examples),
+      layout.scalars_to_canonical(positions),
+      jnp.asarray(self.eps_relative, mu.dtype),
+      jnp.asarray(self.eps_absolute, mu.dtype),
+    )
+
+
+def _check_range(name: str, value: jax.typing.ArrayLike, top: float) -> None:
+  dtype = getattr(value, "dtype", None)
+  if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+    raise ValueError(
+      f"{name} is {dtype}, in which 0.999 is 1. optax.inject_hyperparams casts to the dtype of "
+      "the parameters: give it hyperparam_dtype=jnp.float32."
+    )
+  try:
+    in_range = 0 <= float(value) < top  # pyright: ignore[reportArgumentType]
+  except jax.errors.ConcretizationTypeError:
+    return  # A traced value, as inject_hyperparams passes.
+  if not in_range:
+    raise ValueError(f"{name} must be in [0, {top:g}), got {value}.")

@@ -1,0 +1,72 @@
+"""Paths and leaves of parameter trees, in the form that each framework gives them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+Path = tuple[str, ...]
+
+# An NNX variable, or a parameter with metadata, is a pytree node around its value.
+_BOXED = (jax.tree_util.GetAttrKey("value"),)
+
+
+def flatten(tree: Any, *kinds: type) -> list[tuple[Path, Any]]:
+  """Return the leaves of a tree with their paths; instances of ``kinds`` count as leaves.
+
+  A parameter has the same path in the trees of every framework.
+  """
+  keys = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
+  return [(name_path(path), leaf) for path, leaf in keys]
+
+
+def flatten_masked(tree: Any) -> tuple[list[Any], Any]:
+  """Return the leaves and the structure of a tree, with `optax.MaskedNode` as a leaf."""
+  return jax.tree.flatten(tree, is_leaf=is_masked)
+
+
+def is_masked(x: Any) -> bool:
+  """Return True for the node that `optax.masked` puts in the place of a leaf."""
+  return isinstance(x, optax.MaskedNode)
+
+
+def by_kernel(tree: Any, *kinds: type) -> dict[Path, Any]:
+  """Return the instances of ``kinds`` in a tree, by the path of the kernel they belong to."""
+  return {(*path[:-1], x.kernel): x for path, x in flatten(tree, *kinds) if isinstance(x, kinds)}
+
+
+def name_path(keys: tuple[Any, ...]) -> Path:
+  """Return the names along a path of JAX's keys."""
+  names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+  return names[:-1] if keys[-1:] == _BOXED else names
+
+
+def unboxed(tree: Any) -> Any:
+  """Return a tree with each box replaced by its value.
+
+  The metadata in a box describe a kernel, for example its sharding. They do not apply to a mean.
+  """
+
+  def value(x: Any) -> Any:
+    children = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)[0]
+    return children[0][1] if [keys for keys, _ in children] == [_BOXED] else x
+
+  return jax.tree.map(value, tree, is_leaf=lambda x: value(x) is not x)
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+  """Return the arrays of a tree, and a function that puts other arrays in their place."""
+  leaves, treedef = jax.tree.flatten(tree)
+  indices = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+  def rebuild(arrays: list[Any]) -> Any:
+    filled = dict(enumerate(leaves)) | dict(zip(indices, arrays, strict=True))
+    return treedef.unflatten(filled.values())
+
+  return [leaves[i] for i in indices], rebuild
+
+
+def show_path(path: Path) -> str:
+  """Return a path as errors and tables print it."""
+  return "/".join(path) or "(the model itself)"
