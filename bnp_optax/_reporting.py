@@ -4,6 +4,8 @@ A `Reporter` says what each layer sows beside its kernel. While a reporter is ac
 variable, the framework's hooks (see `linen` and `nnx`) pass it every call of a linear layer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Iterator
 import contextlib
 import contextvars
@@ -20,6 +22,7 @@ from bnp_optax._calls import Call
 from bnp_optax._statistics import (
   AxisName,
   LayerStatistics,
+  Mask,
   NoStatistics,
   layer_statistics,
   merge_calls,
@@ -80,7 +83,7 @@ def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -
 def statistics_reporter(
   describe: Callable[[Any, Call], str],
   example_axes: int,
-  mask: jax.typing.ArrayLike | None,
+  mask: Mask,
   axis_name: AxisName | None,
   exact_windows: bool,
 ) -> Reporter:

@@ -4,6 +4,8 @@
 while tracing; a compiled step holds arithmetic alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import dataclasses
 import math
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
@@ -46,10 +49,10 @@ class ScaleByBnpState(NamedTuple):
       healthy run.
   """
 
-  count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+  count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
   input_mean: optax.Updates
   input_variance: optax.Updates
-  nonfinite_count: jax.typing.ArrayLike
+  nonfinite_count: ArrayLike
 
 
 class Preconditioners(NamedTuple):
@@ -88,9 +91,9 @@ class RunningStatistics:
     ValueError: If `decay` or an epsilon is out of range.
   """
 
-  decay: jax.typing.ArrayLike
-  eps_relative: jax.typing.ArrayLike
-  eps_absolute: jax.typing.ArrayLike
+  decay: ArrayLike
+  eps_relative: ArrayLike
+  eps_absolute: ArrayLike
   layers: Layouts | None
 
   def __post_init__(self) -> None:
@@ -188,7 +191,7 @@ class RunningStatistics:
     )
 
 
-def _check_range(name: str, value: jax.typing.ArrayLike, top: float) -> None:
+def _check_range(name: str, value: ArrayLike, top: float) -> None:
   dtype = getattr(value, "dtype", None)
   if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
     raise ValueError(

@@ -1,8 +1,11 @@
 """`scale_by_bnp` and `bnp`: BNP as a gradient transformation, and around any optimizer."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
+from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
@@ -11,9 +14,9 @@ from bnp_optax._running import RunningStatistics, ScaleByBnpState
 
 
 def scale_by_bnp(
-  decay: jax.typing.ArrayLike = 0.99,
-  eps_relative: jax.typing.ArrayLike = 1e-2,
-  eps_absolute: jax.typing.ArrayLike = 1e-4,
+  decay: ArrayLike = 0.99,
+  eps_relative: ArrayLike = 1e-2,
+  eps_absolute: ArrayLike = 1e-4,
   *,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,9 +118,9 @@ class BnpState(NamedTuple):
 
 def bnp(
   inner: optax.GradientTransformation,
-  decay: jax.typing.ArrayLike = 0.99,
-  eps_relative: jax.typing.ArrayLike = 1e-2,
-  eps_absolute: jax.typing.ArrayLike = 1e-4,
+  decay: ArrayLike = 0.99,
+  eps_relative: ArrayLike = 1e-2,
+  eps_absolute: ArrayLike = 1e-4,
   *,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:

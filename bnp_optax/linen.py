@@ -5,6 +5,8 @@ statistics of each layer's inputs beside the layer. The model needs no edit, and
 gradients do not change.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
@@ -21,7 +23,7 @@ from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
 from bnp_optax._reporting import Reporter, activate, statistics_reporter
-from bnp_optax._statistics import AxisName
+from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import Path, show_path, split_arrays
 
 __all__ = ["layers", "sow_statistics"]
@@ -52,7 +54,7 @@ _active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen
 def sow_statistics(
   *,
   example_axes: int = 1,
-  mask: jax.typing.ArrayLike | None = None,
+  mask: Mask = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:

@@ -6,6 +6,8 @@ own thread. The originals are restored when the last context closes. The statist
 `flax.nnx.capture`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
@@ -20,7 +22,7 @@ from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._reporting import Reporter, activate, statistics_reporter
-from bnp_optax._statistics import AxisName
+from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
 
 __all__ = ["Statistics", "layers", "sow_statistics"]
@@ -61,7 +63,7 @@ _open = 0
 def sow_statistics(
   *,
   example_axes: int = 1,
-  mask: jax.typing.ArrayLike | None = None,
+  mask: Mask = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:

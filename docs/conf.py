@@ -18,6 +18,8 @@ myst_heading_anchors = 3
 default_role = "autolink"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+# Without this, a signature lists the eight alternatives of the type.
+autodoc_type_aliases = {"ArrayLike": "jax.typing.ArrayLike", "Mask": "jax.typing.ArrayLike | None"}
 # Classes document their fields under Attributes; the signature would list each once more.
 autodoc_class_signature = "separated"
 autodoc_default_options = {"exclude-members": "__init__, __new__, count, index"}

@@ -1,10 +1,13 @@
 """`diagnose`: the condition of each layer during training, from the statistics alone."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 import optax
 
@@ -104,8 +107,8 @@ def diagnose(
   state: Any,
   stats: Any,
   *,
-  eps_relative: jax.typing.ArrayLike = 1e-2,
-  eps_absolute: jax.typing.ArrayLike = 1e-4,
+  eps_relative: ArrayLike = 1e-2,
+  eps_absolute: ArrayLike = 1e-4,
   layers: Layouts | None = None,
 ) -> Diagnostics:
   r"""Report the condition of each layer, from BNP's state and the statistics of one batch.

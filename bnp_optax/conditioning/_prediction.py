@@ -5,10 +5,13 @@ one, and its extreme eigenvalues are roots of a scalar equation. The prediction 
 passes over the mean and variance.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from bnp_optax import _preconditioner
 from bnp_optax._matching import Layer
@@ -23,8 +26,8 @@ def layer_values(
   mean: jax.Array,
   variance: jax.Array,
   batch: LayerStatistics | None,
-  eps_1: jax.typing.ArrayLike,
-  eps_2: jax.typing.ArrayLike,
+  eps_1: ArrayLike,
+  eps_2: ArrayLike,
 ) -> dict[str, jax.Array]:
   """Return the fields of `Diagnostics` for one layer, a scalar each."""
   layout, bias = layer.layout, layer.bias is not None

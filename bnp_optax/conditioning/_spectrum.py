@@ -4,12 +4,14 @@ This module uses NumPy in float64. In float32, a matrix with a condition number 
 indistinguishable from a singular one.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 _EXACT = 384
@@ -17,7 +19,7 @@ _STEPS = 64
 _FAILURE = 1e-6
 
 
-def condition_number(matrix: jax.typing.ArrayLike, *, threshold: float | None = None) -> np.ndarray:
+def condition_number(matrix: ArrayLike, *, threshold: float | None = None) -> np.ndarray:
   r"""Compute the largest singular value over the smallest nonzero one.
 
   .. math::
