@@ -1,6 +1,6 @@
 """How the layers of a framework report their calls.
 
-A `Reporter` says what each layer sows beside its kernel. While a reporter is active in a context
+A `Reporter` defines what each layer sows beside its kernel. While a reporter is active in a context
 variable, the framework's hooks (see `linen` and `nnx`) pass it every call of a linear layer.
 """
 

@@ -42,7 +42,7 @@ def unit_hessian(
            [ 4., 10.]], dtype=float32)
 
   Args:
-    loss_fn: Maps the parameters to the loss, a scalar; any framework will do.
+    loss_fn: Maps the parameters to the loss, a scalar, with any framework.
     params: The parameters.
     layer: Path of the layer's kernel; None for the only layer of a model.
     unit: Index of the output in the layer's bias, flattened.
