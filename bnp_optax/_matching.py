@@ -198,35 +198,38 @@ def check_state(state: Any, kind: type) -> None:
 
 
 def match_state(
-  field: str, tree: Any, treedef: Any, leaves: list[Any], layers: list[Layer]
+  field: str, tree: Any, treedef: Any, shapes: Mapping[Layer, tuple[int, ...]]
 ) -> list[Any]:
   """Return the leaves of a field of the state, in the order of the gradients' leaves.
+
+  Args:
+    field: Name of the field.
+    tree: Its value.
+    treedef: Structure of the gradients.
+    shapes: Shape of the field's array for each layer that has one.
 
   Raises:
     ValueError: If the state was made for other parameters, or was cast to less than float32.
   """
   found, structure = flatten_masked(unboxed(tree))
-  expected = {
-    layer.kernel: layer.layout.statistics_shape(leaves[layer.kernel].shape) for layer in layers
-  }
-  for layer in layers:
+  for layer, shape in shapes.items():
     actual = getattr(found[layer.kernel], "shape", None) if layer.kernel < len(found) else None
-    if actual != expected[layer.kernel]:
+    if actual != shape:
       raise ValueError(
-        f"Layer {layer}: the state's {field} should be of shape {expected[layer.kernel]}, found "
-        f"{actual}. The state was made for other parameters: call tx.init with these."
+        f"Layer {layer}: the state's {field} should be of shape {shape}, found "
+        f"{actual}. The state was made for other parameters or another debias=: call tx.init."
       )
     if (dtype := found[layer.kernel].dtype) not in ("float32", "float64"):
       raise ValueError(
         f"Layer {layer}: the state's {field} is {dtype}. Below float32, rounding stops a running "
         "mean before it converges: leave the state in the dtype that tx.init gave it."
       )
-  if structure != treedef or any(
-    not is_masked(x) for i, x in enumerate(found) if i not in expected
-  ):
+  kernels = {layer.kernel for layer in shapes}
+  if structure != treedef or any(not is_masked(x) for i, x in enumerate(found) if i not in kernels):
     raise ValueError(
-      "The state was made for other parameters than these gradients: call tx.init with the "
-      f"parameters. The structure of its {field} is {structure}, the gradients' is {treedef}."
+      "The state was made for other parameters than these gradients, or with another debias=: "
+      f"call tx.init with the parameters. The structure of its {field} is {structure}, the "
+      f"gradients' is {treedef}."
     )
   return found
 

@@ -27,11 +27,13 @@ class Preconditioner(NamedTuple):
       ``[stack, 1, feature]``.
     sigma: Regularized deviation, sigma-tilde in the paper. Shape ``[stack, 1, feature]``.
     q: Scale that gives the Hessian blocks of all layers the same norm. Shape ``[stack, 1, 1]``.
+    guard: Divisor of the layer's step, at least 1; None for 1. Shape ``[stack, 1, 1]``.
   """
 
   mu: jax.Array
   sigma: jax.Array
   q: jax.Array
+  guard: jax.Array | None = None
 
 
 def update_statistics(
@@ -49,6 +51,26 @@ def update_statistics(
   return mu, _towards(sigma2, sigma2_H, one_minus_rho)
 
 
+def update_debiased_statistics(
+  mu: jax.Array,
+  sigma2: jax.Array,
+  W: jax.Array,
+  mu_H: jax.Array,
+  sigma2_H: jax.Array,
+  one_minus_rho: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Take step 2 without the bias of the initial values, which is not in the paper.
+
+  ``mu`` and ``sigma2`` are the mean and variance of the rows of all batches so far, where a batch
+  of age ``a`` has the weight ``rho**a``. ``W`` is the sum of these weights, 0 before the first
+  batch. No batch size needs a special case: ``K (1 - K) d^2`` is the variance between the batches.
+  """
+  W = W + (1 - one_minus_rho * W)
+  K = 1 / W
+  d = mu_H - mu
+  return _towards(mu, mu_H, K), _towards(sigma2, sigma2_H, K) + K * (1 - K) * d * d, W
+
+
 def make_preconditioner(
   mu: jax.Array,
   sigma2: jax.Array,
@@ -62,6 +84,23 @@ def make_preconditioner(
   largest = jnp.max(sigma2, axis=(1, 2), keepdims=True)
   q2 = jnp.maximum(window * mu.shape[-1] / examples, jnp.sqrt(positions))
   return Preconditioner(mu, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), jnp.sqrt(q2))
+
+
+def guard_against_lag(
+  p: Preconditioner, mu_H: jax.Array, window: int, rows: jax.Array, c: jax.Array
+) -> Preconditioner:
+  """Divide ``P P^T`` by the eigenvalue that the lag of the running mean adds, not in the paper.
+
+  A running mean that is ``delta`` deviations behind that of the batch gives the preconditioned
+  Hessian an eigenvalue of ``1 + sum delta^2`` over the ``n`` inputs of one output. The sampling
+  noise of ``mu_H`` alone makes it some ``1 + n / rows``. The divisor is the ratio of the first to
+  ``1 + c n / rows``, and at least 1. It is 1 if the mean of the batch is not finite.
+  """
+  delta2 = ((mu_H - p.mu) / p.sigma) ** 2
+  n = window * mu_H.shape[-1]
+  lag2 = n * jnp.mean(delta2, axis=(1, 2), keepdims=True)
+  ratio = (1 + lag2) / (1 + c * n / rows)
+  return p._replace(guard=jnp.where((ratio > 1) & jnp.isfinite(ratio), ratio, 1))
 
 
 def apply_transpose(
@@ -79,12 +118,13 @@ def apply_transpose(
 def apply(
   p: Preconditioner, z_w: jax.Array, z_b: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """Apply ``P``: map a step in z to the step in theta."""
-  scale = 1 / (p.sigma * p.q)
+  """Apply ``P``, and divide by the guard: map a step in z to the step in theta."""
+  q = p.q if p.guard is None else p.q * p.guard
+  scale = 1 / (p.sigma * q)
   d_w = _scaled(scale, z_w)
   if z_b is None:
     return d_w, None
-  return d_w, z_b / p.q[..., 0] - _sum(p.mu * scale, z_w)
+  return d_w, z_b / q[..., 0] - _sum(p.mu * scale, z_w)
 
 
 def apply_inverse(

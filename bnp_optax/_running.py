@@ -44,6 +44,8 @@ class ScaleByBnpState(NamedTuple):
       their metadata, if any), with an array ``[*stack, features]`` at each kernel, float32 (float64
       where the kernel is float64), and `optax.MaskedNode` at every other leaf.
     input_variance: Running variance of each layer's inputs, in the form of ``input_mean``.
+    input_weight: With ``debias``, the sum of the weights of each layer's batches, ``[*stack,
+      1]``; `optax.MaskedNode` everywhere without.
     nonfinite_count: Number of times that a layer's statistics were left out because they were not
       finite or had no rows, summed over layers and updates: an int32 scalar. It stays 0 in a
       healthy run.
@@ -52,6 +54,7 @@ class ScaleByBnpState(NamedTuple):
   count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
   input_mean: optax.Updates
   input_variance: optax.Updates
+  input_weight: optax.Updates
   nonfinite_count: ArrayLike
 
 
@@ -75,7 +78,7 @@ class Preconditioners(NamedTuple):
       w, b = layer.layout.to_canonical(
         kernel.astype(dtype), None if bias is None else bias.astype(dtype)
       )
-      p = Preconditioner(*(x.astype(dtype) for x in p))
+      p = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), p)
       w, b = layer.layout.from_canonical(*function(p, w, b), kernel.shape)
       for i, x in ((layer.kernel, w), (layer.bias, b)):
         if i is not None and x is not None:
@@ -88,12 +91,14 @@ class RunningStatistics:
   """Steps 2 and 3 of the algorithms for all layers. `scale_by_bnp` documents the fields.
 
   Raises:
-    ValueError: If `decay` or an epsilon is out of range.
+    ValueError: If a number is out of range.
   """
 
   decay: ArrayLike
   eps_relative: ArrayLike
   eps_absolute: ArrayLike
+  debias: bool
+  lag_guard: ArrayLike | None
   layers: Layouts | None
 
   def __post_init__(self) -> None:
@@ -101,23 +106,28 @@ class RunningStatistics:
     _check_range("decay", self.decay, 1.0)
     _check_range("eps_relative", self.eps_relative, math.inf)
     _check_range("eps_absolute", self.eps_absolute, math.inf)
+    if self.lag_guard is not None:
+      _check_range("lag_guard", self.lag_guard, math.inf)
 
   def init(self, params: optax.Params) -> ScaleByBnpState:
     """Return the state before the first batch: mean 0 and variance 1 for every layer."""
     params = unboxed(params)
     leaves, treedef = flatten_masked(params)
     mean: list[Any] = [optax.MaskedNode()] * len(leaves)
-    variance = list(mean)
+    variance, weight = list(mean), list(mean)
     for layer in find_layers(params, self.layers):
       kernel = leaves[layer.kernel]
       shape = layer.layout.statistics_shape(kernel.shape)
       dtype = accumulation_dtype(kernel.dtype)
       mean[layer.kernel] = jnp.zeros(shape, dtype)
       variance[layer.kernel] = jnp.ones(shape, dtype)
+      if self.debias:
+        weight[layer.kernel] = jnp.zeros((*shape[:-1], 1), dtype)
     return ScaleByBnpState(
       count=jnp.zeros([], jnp.int32),
       input_mean=treedef.unflatten(mean),
       input_variance=treedef.unflatten(variance),
+      input_weight=treedef.unflatten(weight),
       nonfinite_count=jnp.zeros([], jnp.int32),
     )
 
@@ -129,8 +139,12 @@ class RunningStatistics:
     updates = unboxed(updates)
     leaves, treedef = flatten_masked(updates)
     layers = find_layers(updates, self.layers)
-    mean = match_state("input_mean", state.input_mean, treedef, leaves, layers)
-    variance = match_state("input_variance", state.input_variance, treedef, leaves, layers)
+    shapes = {x: x.layout.statistics_shape(leaves[x.kernel].shape) for x in layers}
+    mean = match_state("input_mean", state.input_mean, treedef, shapes)
+    variance = match_state("input_variance", state.input_variance, treedef, shapes)
+    weight_shapes = {x: (*shape[:-1], 1) for x, shape in shapes.items() if self.debias}
+    weight = match_state("input_weight", state.input_weight, treedef, weight_shapes)
+    fields = (mean, variance, weight) if self.debias else (mean, variance)
     batches = match_statistics(layers, leaves, stats)
 
     preconditioners = []
@@ -138,8 +152,12 @@ class RunningStatistics:
     for layer, batch in zip(layers, batches, strict=True):
       i = layer.kernel
       batch = jax.tree.map(lambda x, dtype=mean[i].dtype: x.astype(dtype), batch)
-      mean[i], variance[i], finite = self._advance(layer, mean[i], variance[i], batch)
+      old = [field[i] for field in fields]
+      new = self._advance(layer, *old, batch=batch)
+      finite = jnp.all(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), axis=-1, keepdims=True)
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
+      for field, x, y in zip(fields, new, old, strict=True):
+        field[i] = jnp.where(finite, x, y)
       preconditioners.append(
         self._preconditioner(layer, leaves[i].shape, mean[i], variance[i], batch)
       )
@@ -147,26 +165,32 @@ class RunningStatistics:
       count=optax.safe_increment(state.count),
       input_mean=treedef.unflatten(mean),
       input_variance=treedef.unflatten(variance),
+      input_weight=treedef.unflatten(weight),
       nonfinite_count=nonfinite,
     )
     return new_state, Preconditioners(layers, preconditioners)
 
   def _advance(
-    self, layer: Layer, mu: jax.Array, sigma2: jax.Array, batch: LayerStatistics
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Take step 2 for one layer; statistics that are not finite change nothing."""
-    rows = batch.rows[..., None]
+    self,
+    layer: Layer,
+    mu: jax.Array,
+    sigma2: jax.Array,
+    W: jax.Array | None = None,
+    *,
+    batch: LayerStatistics,
+  ) -> tuple[jax.Array, ...]:
+    """Take step 2 for one layer."""
     if layer.bias is None:
       # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
-      mu_H, sigma2_H, rows = jnp.zeros_like(mu), batch.mean_square, jnp.zeros_like(rows)
+      mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square
+      rows = jnp.zeros_like(batch.rows[..., None])
     else:
-      mu_H, sigma2_H = batch.mean, batch.variance
+      mu_H, sigma2_H, rows = batch.mean, batch.variance, batch.rows[..., None]
     # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
-    new_mu, new_sigma2 = _preconditioner.update_statistics(
-      mu, sigma2, mu_H, sigma2_H, rows, jnp.asarray(1 - self.decay, mu.dtype)
-    )
-    finite = jnp.all(jnp.isfinite(new_mu) & jnp.isfinite(new_sigma2), axis=-1, keepdims=True)
-    return jnp.where(finite, new_mu, mu), jnp.where(finite, new_sigma2, sigma2), finite
+    one_minus_rho = jnp.asarray(1 - self.decay, mu.dtype)
+    if W is None:
+      return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
+    return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
   def _preconditioner(
     self,
@@ -177,17 +201,27 @@ class RunningStatistics:
     batch: LayerStatistics,
   ) -> Preconditioner:
     """Take step 3 for one layer whose kernel has a shape."""
-    layout = layer.layout
+    layout, window = layer.layout, layer.layout.window_size(shape)
     examples = jnp.maximum(batch.examples, 1)[..., None]
-    positions = batch.rows[..., None] / examples
-    return _preconditioner.make_preconditioner(
+    rows = batch.rows[..., None]
+    p = _preconditioner.make_preconditioner(
       layout.statistics_to_canonical(mu, shape),
       layout.statistics_to_canonical(sigma2, shape),
-      layout.window_size(shape),
+      window,
       layout.scalars_to_canonical(examples),
-      layout.scalars_to_canonical(positions),
+      layout.scalars_to_canonical(rows / examples),
       jnp.asarray(self.eps_relative, mu.dtype),
       jnp.asarray(self.eps_absolute, mu.dtype),
+    )
+    # Without a bias nothing is centred, so that no mean can lag.
+    if self.lag_guard is None or layer.bias is None:
+      return p
+    return _preconditioner.guard_against_lag(
+      p,
+      layout.statistics_to_canonical(batch.mean, shape),
+      window,
+      layout.scalars_to_canonical(rows),
+      jnp.asarray(self.lag_guard, mu.dtype),
     )
 
 

@@ -18,6 +18,8 @@ def scale_by_bnp(
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
   *,
+  debias: bool = False,
+  lag_guard: ArrayLike | None = None,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Precondition gradients as batch normalization would, without a layer in the network.
@@ -68,6 +70,14 @@ def scale_by_bnp(
     decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1).
     eps_relative: :math:`\epsilon_1 \geq 0`, relative to the largest variance of the layer's inputs.
     eps_absolute: :math:`\epsilon_2 \geq 0`.
+    debias: Whether to remove the bias of the initial mean 0 and variance 1. The running mean and
+      variance are then exactly those of the rows of all batches so far, where a batch of age
+      :math:`a` has the weight :math:`\rho^a`. Not in the paper.
+    lag_guard: Constant :math:`c \geq 0`, or None for no guard. With it, the step of each layer with
+      a bias is divided by :math:`\max(1, (1 + l^2) / (1 + c n / R))`, where :math:`l^2` is the sum
+      of :math:`(\mu_H - \mu)^2 / \tilde\sigma^2` over the :math:`n` inputs of one output, and
+      :math:`R` is the number of rows of the batch. It prevents divergence where a step moves the
+      inputs of a layer faster than its running mean follows. Not in the paper.
     layers: Layouts of the kernels, as `bnp_optax.linen.layers` or `bnp_optax.nnx.layers` returns
       them. None for Dense and Conv by convention: a leaf named ``kernel`` with features at axis -2,
       outputs at axis -1 and the window before, and an optional leaf named ``bias`` beside it.
@@ -87,7 +97,7 @@ def scale_by_bnp(
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
     <https://jmlr.org/papers/v23/20-1135.html>`_, JMLR 23(72), 2022: section 3.3 and 4.
   """
-  running = RunningStatistics(decay, eps_relative, eps_absolute, layers)
+  running = RunningStatistics(decay, eps_relative, eps_absolute, debias, lag_guard, layers)
 
   def update_fn(
     updates: optax.Updates,
@@ -122,6 +132,8 @@ def bnp(
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
   *,
+  debias: bool = False,
+  lag_guard: ArrayLike | None = None,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Run any optimizer on :math:`z`, where :math:`\theta = P z` and :math:`P` is BNP's.
@@ -166,6 +178,8 @@ def bnp(
     decay: As in `bnp_optax.scale_by_bnp`.
     eps_relative: As in `bnp_optax.scale_by_bnp`.
     eps_absolute: As in `bnp_optax.scale_by_bnp`.
+    debias: As in `bnp_optax.scale_by_bnp`.
+    lag_guard: As in `bnp_optax.scale_by_bnp`. The guard divides the step that is mapped back.
     layers: As in `bnp_optax.scale_by_bnp`.
 
   Returns:
@@ -181,7 +195,7 @@ def bnp(
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
     <https://jmlr.org/papers/v23/20-1135.html>`_, JMLR 23(72), 2022: equations 7, 8 and 15.
   """
-  running = RunningStatistics(decay, eps_relative, eps_absolute, layers)
+  running = RunningStatistics(decay, eps_relative, eps_absolute, debias, lag_guard, layers)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> BnpState:
