@@ -9,12 +9,11 @@ python docs/running_averages.py    (needs CIFAR-10; two minutes)
 
 from typing import Any
 
+from bnp_experiments import data, methods, training
+from bnp_experiments.catalogue import EXPERIMENTS
+from bnp_experiments.evaluation import evaluate
 import jax
 import numpy as np
-
-from bnp_optax.experiments import data, methods, training
-from bnp_optax.experiments.evaluation import evaluate
-from bnp_optax.experiments.registry import EXPERIMENTS
 
 EPOCHS, BATCH_SIZE, AVERAGED_OVER, MOMENTUM = 20, 60, 20_000, 0.99
 

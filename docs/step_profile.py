@@ -10,13 +10,12 @@ import pathlib
 import re
 import tempfile
 
+from bnp_experiments import methods
+from bnp_experiments.models import MLP
+from bnp_experiments.step_time import Step
+from bnp_experiments.step_time.cells import Cell
 import jax
 import numpy as np
-
-from bnp_optax.experiments import methods
-from bnp_optax.experiments.models import MLP
-from bnp_optax.experiments.step_time import Step
-from bnp_optax.experiments.step_time_cells import Cell
 
 BATCHES, SAMPLES, SMALL = (1, 16, 60), 5, 2.0
 

@@ -9,14 +9,14 @@ python docs/without_layernorm.py    (two minutes)
 
 import dataclasses
 
+from bnp_experiments import data, methods, training
+from bnp_experiments.catalogue import EXPERIMENTS
+from bnp_experiments.evaluation import evaluate
 import jax
 import numpy as np
 import optax
 
 import bnp_optax
-from bnp_optax.experiments import data, methods, training
-from bnp_optax.experiments.evaluation import evaluate
-from bnp_optax.experiments.registry import EXPERIMENTS
 
 EPOCHS, BATCH_SIZE, SEED = 2, 4, 0
 SETTINGS = (

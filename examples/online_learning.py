@@ -25,6 +25,7 @@ import pathlib
 import time
 from typing import Any
 
+from bnp_experiments import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,6 @@ import numpy as np
 import optax
 
 import bnp_optax
-from bnp_optax.experiments import data
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

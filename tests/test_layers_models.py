@@ -2,6 +2,7 @@
 
 import functools
 
+from bnp_optax.experiments import data
 from flax import nnx
 import flax.linen as nn
 import jax
@@ -10,7 +11,6 @@ import optax
 import pytest
 
 import bnp_optax
-from bnp_optax.experiments import data
 
 STEPS, BATCH = 50, 16
 

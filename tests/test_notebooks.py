@@ -54,7 +54,8 @@ def test_first_cells_are_for_colab(path):
   colab = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
   assert re.search(rf"\[!\[Open in Colab\]\([^)]+\)\]\({re.escape(colab)}\)", title.source)
   assert 'if "google.colab" in sys.modules:' in install.source
-  assert f'"bnp_optax[notebooks] @ git+{REPOSITORY}"' in install.source
+  assert f'"bnp_optax @ git+{REPOSITORY}"' in install.source
+  assert f'"bnp_experiments @ git+{REPOSITORY}#subdirectory=experiments"' in install.source
   if 'Path("results")' in path.read_text().replace("\\", ""):
     assert f"!git clone --quiet --depth 1 {REPOSITORY}\n" in install.source
   assert not install.outputs

@@ -8,6 +8,7 @@ import tarfile
 import tomllib
 import zipfile
 
+import bnp_experiments
 import pytest
 
 import bnp_optax
@@ -27,7 +28,15 @@ def test_version_is_that_of_the_package_everywhere():
   assert PROJECT["dynamic"] == ["version"]
   cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
   assert cited is not None
-  assert cited[1] == bnp_optax.__version__
+  assert cited[1] == bnp_experiments.__version__ == bnp_optax.__version__
+
+
+def test_the_repository_is_the_one_of_the_project_everywhere():
+  address = PROJECT["urls"]["Repository"]
+  assert re.fullmatch(r"https://github\.com/[A-Za-z\d-]+/[\w.-]+", address)
+  cited = re.search(r'^repository-code: "(.+)"$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+  assert cited is not None
+  assert cited[1] == address
 
 
 def test_importing_it_imports_itself_and_what_optax_and_flax_import():
@@ -78,6 +87,11 @@ def test_wheel_holds_the_library_alone(distributions):
   assert {name.partition("/")[0] for name in names} == {"bnp_optax", info}
   assert all(name.endswith((".py", "py.typed")) for name in names if not name.startswith(info))
   assert {"bnp_optax/py.typed", "bnp_optax/linen.py", f"{info}/licenses/LICENSE"} <= set(names)
+  assert f"{info}/entry_points.txt" not in names
+  lines = sum(
+    len(zipfile.ZipFile(wheel).read(name).splitlines()) for name in names if name.endswith(".py")
+  )
+  assert lines < 4500
 
 
 @pytest.mark.slow
@@ -85,8 +99,13 @@ def test_sdist_holds_what_its_tests_need(distributions):
   (sdist,) = distributions.glob("*.tar.gz")
   with tarfile.open(sdist) as archive:
     names = {name.partition("/")[2] for name in archive.getnames()}
-  needed = ("tests/conftest.py", "docs/conf.py", "notebooks/quickstart.ipynb", "CITATION.cff")
-  assert {*needed, "README.md", "examples/online_learning.py"} <= names
+  needed = ("tests/conftest.py", "docs/conf.py", "experiments/pyproject.toml", "CITATION.cff")
+  assert {
+    *needed,
+    "README.md",
+    "examples/online_learning.py",
+    "notebooks/quickstart.ipynb",
+  } <= names
   assert not [name for name in names if "__pycache__" in name]
 
 

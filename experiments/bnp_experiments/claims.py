@@ -1,0 +1,235 @@
+"""What is claimed of an experiment, and the rules by which a claim holds or does not.
+
+"Better" holds where every run of the one is above every run of the other, fails where every one is
+below, and is within the spread in between; one run alone has no spread, and tells nothing.
+"Comparable" holds where the means are at most two points apart, and at most a fifth of the smaller
+error. "Faster at the start" is better in the mean over the first third of the epochs, before the
+learning rate decays; what its decays gain is counted from the epoch before the first. A network
+"trains" if it ends above twice chance, which is 10 % on the data sets of ten classes. Times are
+compared by the quartiles of their ratio over rounds of measuring.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from bnp_experiments.outcomes import Outcome, find, percent
+
+Verdict = Literal["holds", "does not hold", "within the spread", "not run"]
+_POINTS, _PART_OF_ERROR = 0.02, 0.2
+# Twice chance.
+TRAINS = 0.2
+
+
+class Judgement(NamedTuple):
+  """Whether a claim holds, and the numbers that say so."""
+
+  verdict: Verdict
+  measured: str
+
+
+Judge = Callable[[Sequence[Outcome]], Judgement]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """One claim: what it says, in a line, and how it is judged."""
+
+  text: str
+  judge: Judge
+
+
+def better(method: str, *others: str, batch_size: int | None = None, early: bool = False) -> Judge:
+  """Judges whether a method is above each of the others at the end, or over the first epochs."""
+
+  def values(outcome: Outcome) -> np.ndarray:
+    return outcome.early if early else outcome.final
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    return _is_above(values(ours), values(theirs))
+
+  return _comparing(method, others, batch_size, values, compare)
+
+
+def gains_more(method: str, *others: str) -> Judge:
+  """Judges whether a method gains more from the decays of the learning rate than each other."""
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    return _is_above(ours.gain, theirs.gain)
+
+  return _comparing(method, others, None, lambda outcome: outcome.gain, compare)
+
+
+def below(method: str, *others: str) -> Judge:
+  """Judges whether a method ends below each of the others."""
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    return _is_above(theirs.final, ours.final)
+
+  return _comparing(method, others, None, lambda outcome: outcome.final, compare)
+
+
+def comparable(method: str, *others: str, batch_size: int | None = None) -> Judge:
+  """Judges whether a method ends where each of the others does."""
+
+  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
+    return "holds" if _close(ours.final.mean(), theirs.final.mean()) else "does not hold"
+
+  return _comparing(method, others, batch_size, lambda outcome: outcome.final, compare)
+
+
+def trains(*methods: str) -> Judge:
+  """Judges whether networks learn at all with these methods."""
+  return _each(methods, lambda outcome: outcome.final.min() > TRAINS)
+
+
+def fails(*methods: str) -> Judge:
+  """Judges whether networks learn nothing with these methods."""
+  return _each(methods, lambda outcome: outcome.final.max() <= TRAINS)
+
+
+def falls_back(method: str) -> Judge:
+  """Judges whether test accuracy is lower in the last third of the epochs than in the middle."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    outcome = find(outcomes, method, None)
+    if outcome is None:
+      return _not_run(method)
+    if len(outcome.test_accuracy) < 3:
+      return Judgement("within the spread", "fewer than three epochs")
+    _, middle, last = (x.mean(axis=0) for x in np.array_split(outcome.test_accuracy, 3))
+    verdict = _is_above(middle - last, np.zeros_like(middle))
+    return Judgement(verdict, f"middle third {percent(middle)}, last {percent(last)}")
+
+  return judge
+
+
+def quicker(method: str, other: str, batch_size: int) -> Judge:
+  """Judges whether a step of a method takes less time than one of another, round by round."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    ours, theirs = (find(outcomes, name, batch_size) for name in (method, other))
+    if ours is None or theirs is None or not len(ours.seconds):
+      return Judgement("not run", "no times")
+    low, middle, high = np.percentile(ours.seconds / theirs.seconds, [25, 50, 75])
+    verdict = "holds" if high < 1 else "does not hold" if low > 1 else "within the spread"
+    ratio = f"{ours.method.label} / {theirs.method.label}"
+    return Judgement(verdict, f"{ratio} {middle:.2f} ({low:.2f}–{high:.2f})")
+
+  return judge
+
+
+def kappa_of_D(low: float, high: float) -> Judge:  # noqa: N802
+  """Judges whether the condition number of D stays in a range after the first epoch."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    outcome = find(outcomes, "bnp", None)
+    if outcome is None or not outcome.conditioning:
+      return _not_run("bnp")
+    later = outcome.conditioning["steps"] >= outcome.steps
+    shown, holds = [], []
+    for epsilons in ("paper", "none"):
+      kappa = outcome.conditioning[f"D, epsilons {epsilons}"][later]
+      shown.append(f"epsilons {epsilons}: {kappa.min():.1e} to {kappa.max():.1e}")
+      holds.append(bool((kappa >= low).mean() > 0.9 and (kappa <= high).mean() > 0.9))
+    return Judgement("holds" if any(holds) else "does not hold", "; ".join(shown))
+
+  return judge
+
+
+def improves_by_kappa_of_D_squared() -> Judge:  # noqa: N802
+  """Judges whether P lowers the condition number by kappa(D)^2, within a factor of ten."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    outcome = find(outcomes, "bnp", None)
+    if outcome is None or not outcome.conditioning:
+      return _not_run("bnp")
+    measured, (later, plain) = [], (outcome.conditioning[name] for name in ("steps", "plain"))
+    later = later >= outcome.steps
+    holds = []
+    for epsilons in ("paper", "none"):
+      gain = plain / outcome.conditioning[f"preconditioned, epsilons {epsilons}"]
+      expected = outcome.conditioning[f"D, epsilons {epsilons}"] ** 2
+      gain, expected = np.median(gain[later]), np.median(expected[later])
+      measured.append(f"epsilons {epsilons}: by {gain:.1e}, kappa(D)^2 = {expected:.1e}")
+      holds.append(abs(np.log10(gain / expected)) <= 1)
+    return Judgement("holds" if any(holds) else "does not hold", "; ".join(measured) + " (medians)")
+
+  return judge
+
+
+def steady(method: str, *batch_sizes: int) -> Judge:
+  """Judges whether a method ends at the same at these batch sizes."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    found = [find(outcomes, method, batch_size) for batch_size in batch_sizes]
+    there = [outcome for outcome in found if outcome is not None]
+    if len(there) < len(found):
+      return _not_run(method)
+    means = [outcome.final.mean() for outcome in there]
+    return Judgement(
+      "holds" if _close(max(means), min(means)) else "does not hold",
+      ", ".join(f"{outcome.batch_size}: {percent(outcome.final)}" for outcome in there),
+    )
+
+  return judge
+
+
+def _comparing(
+  method: str,
+  others: Sequence[str],
+  batch_size: int | None,
+  values: Callable[[Outcome], np.ndarray],
+  compare: Callable[[Outcome, Outcome], Verdict],
+) -> Judge:
+  """Judges a method against each of the others; the least favourable comparison counts."""
+
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    ours, *theirs = (find(outcomes, name, batch_size) for name in (method, *others))
+    if ours is None or None in theirs:
+      missing = [name for name in (method, *others) if find(outcomes, name, batch_size) is None]
+      return _not_run(*missing)
+    there = [outcome for outcome in theirs if outcome is not None]
+    return Judgement(
+      _least_favourable([compare(ours, outcome) for outcome in there]),
+      ", ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *there)),
+    )
+
+  return judge
+
+
+def _each(methods: Sequence[str], holds: Callable[[Outcome], np.bool_]) -> Judge:
+  def judge(outcomes: Sequence[Outcome]) -> Judgement:
+    found = [find(outcomes, name, None) for name in methods]
+    there = [outcome for outcome in found if outcome is not None]
+    if len(there) < len(found):
+      return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
+    return Judgement(
+      "holds" if all(map(holds, there)) else "does not hold",
+      ", ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in there),
+    )
+
+  return judge
+
+
+def _is_above(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+  if len(ours) == 1:
+    return "within the spread"
+  if ours.min() > theirs.max():
+    return "holds"
+  return "does not hold" if ours.max() < theirs.min() else "within the spread"
+
+
+def _close(a: float, b: float) -> bool:
+  return abs(a - b) <= min(_POINTS, _PART_OF_ERROR * (1 - max(a, b)))
+
+
+def _least_favourable(verdicts: Sequence[Verdict]) -> Verdict:
+  order: tuple[Verdict, ...] = ("does not hold", "within the spread", "holds")
+  return min(verdicts, key=order.index)
+
+
+def _not_run(*methods: str) -> Judgement:
+  return Judgement("not run", f"no results of {', '.join(methods)}")

@@ -1,0 +1,261 @@
+"""The data sets, read from their canonical files, and refused unless they are the right ones.
+
+The files lie in `$BNP_OPTAX_DATA`, or else in `~/.cache/bnp_optax`:
+
+    mnist/, fashion_mnist/   {train,t10k}-{images-idx3,labels-idx1}-ubyte, with or without .gz
+    cifar10/cifar-10-batches-bin/    data_batch_1.bin ... data_batch_5.bin, test_batch.bin
+    cifar100/cifar-100-binary/       train.bin, test.bin
+    imagenet/                        see `imagenet.py`
+
+What is missing is fetched. What is there is read as it is, however it was compressed: it is the
+arrays that are checked, by the sha256 of their bytes. For CIFAR-100 no such hash is known to us:
+there the md5 of its authors' archive guards the download, and sizes and label ranges the files.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import hashlib
+import os
+import pathlib
+import tarfile
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnp_experiments import formats, imagenet
+from bnp_experiments.errors import DataError, UsageError
+
+_DIGITS_TEST_IMAGES = 500
+_CHARACTERS_A_ROW = 64
+_MNIST_FILES = (
+  ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+  ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+)
+
+
+class DataSet(NamedTuple):
+  """Images (uint8, NHW or NHWC) and labels (unsigned), in their published order.
+
+  For a text: characters (uint8, `[sequences, time]`), and the character after each of them.
+  """
+
+  name: str
+  x_train: Any
+  y_train: np.ndarray
+  x_test: Any
+  y_test: np.ndarray
+  classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a data set comes from, and how to know that it is the right one.
+
+  Attributes:
+    url: The folder that the site serves its files from.
+    md5: The files it serves, an archive perhaps, and their published md5.
+    files: The files read, for training and for testing.
+    read: Reads images and labels from such files, given the number and the shape of the images.
+    counts: Number of training and of test images.
+    image: Shape of one image.
+    classes: Number of classes.
+    sha256: The sha256 of each array's bytes, where known.
+  """
+
+  url: str
+  md5: Mapping[str, str]
+  files: tuple[tuple[str, ...], tuple[str, ...]]
+  read: Callable[[list[pathlib.Path], int, tuple[int, ...]], tuple[np.ndarray, np.ndarray]]
+  counts: tuple[int, int]
+  image: tuple[int, ...]
+  classes: int
+  sha256: Mapping[str, str]
+
+
+def load(name: str) -> DataSet:
+  """Reads a data set, fetching the files that are missing.
+
+  Args:
+    name: One of `NAMES`.
+
+  Returns:
+    The data set, every array of it checked.
+
+  Raises:
+    UsageError: There is no data set of that name.
+    DataError: A file is missing and cannot be fetched, or is not the one published.
+  """
+  if name not in NAMES:
+    raise UsageError(f"there is no data set {name!r}: choose from {', '.join(NAMES)}")
+  if name == "digits":
+    return _digits()
+  if name == "pydoc":
+    return _pydoc()
+  default = pathlib.Path.home() / ".cache" / "bnp_optax"
+  folder = pathlib.Path(os.environ.get("BNP_OPTAX_DATA") or default) / name
+  if name == "imagenet":
+    return DataSet(name, *imagenet.read(folder), classes=imagenet.CLASSES)
+  source = SOURCES[name]
+  names = [file for files in source.files for file in files]
+  if missing := [file for file in names if not _variant(folder / file).exists()]:
+    _fetch(source, folder, missing)
+  arrays = {}
+  for split, files, count in zip(("train", "test"), source.files, source.counts, strict=True):
+    paths = [_variant(folder / file) for file in files]
+    images, labels = source.read(paths, count, source.image)
+    arrays |= {f"x_{split}": images, f"y_{split}": labels}
+    for part in (f"x_{split}", f"y_{split}"):
+      found = hashlib.sha256(arrays[part].tobytes()).hexdigest()
+      if found != source.sha256.get(part, found):
+        raise DataError(
+          f"{' or '.join(map(str, paths))} is not the file published: {part} has sha256 {found}, "
+          f"and should have {source.sha256[part]}. Remove what was altered and run again to fetch "
+          f"it anew."
+        )
+    if labels.max() >= source.classes:
+      raise DataError(
+        f"{' or '.join(map(str, paths))} is not the file published: it has a label "
+        f"{labels.max()}, and should have labels from 0 to {source.classes - 1}. Remove what was "
+        f"altered and run again to fetch it anew."
+      )
+  return DataSet(name, classes=source.classes, **arrays)
+
+
+def _variant(path: pathlib.Path) -> pathlib.Path:
+  """The file itself, or its uncompressed form if only that is there."""
+  plain = path.with_suffix("")
+  return plain if path.suffix == ".gz" and plain.exists() and not path.exists() else path
+
+
+def _digits() -> DataSet:
+  """Scikit-learn's 8x8 digits, 500 of them held back for testing, the same ones every time."""
+  from sklearn.datasets import load_digits
+  from sklearn.model_selection import train_test_split
+
+  pixels, labels = load_digits(return_X_y=True)
+  # Grey values run from 0 to 16; on the scale 0 to 255 all data sets can be treated alike.
+  images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+  train, test = train_test_split(
+    np.arange(len(labels)), test_size=_DIGITS_TEST_IMAGES, stratify=labels, random_state=0
+  )
+  labels = labels.astype(np.uint8)
+  return DataSet("digits", images[train], labels[train], images[test], labels[test], classes=10)
+
+
+def _pydoc() -> DataSet:
+  """The language reference that comes with Python, the last tenth of it for testing.
+
+  A text of half a megabyte, which differs a little from one version of Python to the next.
+  """
+  from pydoc_data import topics
+
+  text = "\n".join(body for _, body in sorted(topics.topics.items()))
+  characters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+  rows = (len(characters) - 1) // _CHARACTERS_A_ROW
+  end = rows * _CHARACTERS_A_ROW
+  x = characters[:end].reshape(rows, _CHARACTERS_A_ROW)
+  y = characters[1 : end + 1].reshape(rows, _CHARACTERS_A_ROW)
+  train = rows - rows // 10
+  return DataSet("pydoc", x[:train], y[:train], x[train:], y[train:], classes=128)
+
+
+def _fetch(source: Source, folder: pathlib.Path, missing: list[str]) -> None:
+  """Puts the missing files into place, each in one move, once it is whole and its md5 is right."""
+  import pooch
+
+  wanted = [name for name in source.md5 if name in missing or name.endswith(".tar.gz")]
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as stage:
+      for name in wanted:
+        md5 = f"md5:{source.md5[name]}"
+        fetched = pooch.retrieve(source.url + name, md5, fname=name, path=stage)
+        if name.endswith(".tar.gz"):
+          with tarfile.open(fetched) as archive:
+            archive.extractall(stage, filter="data")
+      for name in missing:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (pathlib.Path(stage) / name).replace(folder / name)
+  except (OSError, ValueError, tarfile.TarError) as error:
+    # The name of a failed connection says it all; its text is a page of nested retries.
+    reason = type(error).__name__ if "Connect" in type(error).__name__ else error
+    served = " ".join(source.url + name for name in wanted)
+    raise DataError(
+      f"{folder / missing[0]} is missing and could not be fetched from {served} ({reason}). Put "
+      f"it there, or set BNP_OPTAX_DATA to a folder that has {folder.name}/{missing[0]}."
+    ) from error
+
+
+SOURCES: dict[str, Source] = {
+  "mnist": Source(
+    # A mirror: the site of MNIST's authors no longer serves the files to programs.
+    url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+    md5={
+      "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+      "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+      "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+      "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    files=_MNIST_FILES,
+    read=formats.read_idx_pair,
+    counts=(60_000, 10_000),
+    image=(28, 28),
+    classes=10,
+    sha256={
+      "x_train": "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+      "y_train": "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+      "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+      "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
+    },
+  ),
+  "fashion_mnist": Source(
+    url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    md5={
+      "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+      "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+      "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+      "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    files=_MNIST_FILES,
+    read=formats.read_idx_pair,
+    counts=(60_000, 10_000),
+    image=(28, 28),
+    classes=10,
+    sha256={
+      "x_train": "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
+      "y_train": "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
+      "x_test": "c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
+      "y_test": "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+    },
+  ),
+  "cifar10": Source(
+    url="https://www.cs.toronto.edu/~kriz/",
+    md5={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
+    files=(
+      tuple(f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)),
+      ("cifar-10-batches-bin/test_batch.bin",),
+    ),
+    read=formats.read_cifar10,
+    counts=(50_000, 10_000),
+    image=(32, 32, 3),
+    classes=10,
+    sha256={
+      "x_train": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+      "y_train": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+      "x_test": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+      "y_test": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+    },
+  ),
+  "cifar100": Source(
+    url="https://www.cs.toronto.edu/~kriz/",
+    md5={"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
+    files=(("cifar-100-binary/train.bin",), ("cifar-100-binary/test.bin",)),
+    read=formats.read_cifar100,
+    counts=(50_000, 10_000),
+    image=(32, 32, 3),
+    classes=100,
+    sha256={},
+  ),
+}
+NAMES = ("digits", *SOURCES, "imagenet", "pydoc")

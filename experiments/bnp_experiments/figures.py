@@ -1,0 +1,321 @@
+"""The pictures of an experiment, drawn from its outcomes alone."""
+
+from collections.abc import Iterable
+import pathlib
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+import numpy as np
+
+from bnp_experiments.experiment import Experiment
+from bnp_experiments.outcomes import Outcome
+from bnp_experiments.report import caption, count
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_INK = "#333333"
+_CROWDED = 0.9
+_WIDE = 20
+_RATES_SHOWN_AT = (1, 6, 60)
+STYLE = {
+  "font.size": 9,
+  "axes.edgecolor": "#999999",
+  "axes.labelcolor": _INK,
+  "axes.titlesize": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.color": "#E6E6E6",
+  "grid.linewidth": 0.6,
+  "xtick.color": _INK,
+  "ytick.color": _INK,
+  "text.color": _INK,
+}
+
+
+def draw(
+  experiment: Experiment, gathered: list[Outcome], folder: pathlib.Path, dpi: int = 200
+) -> list[pathlib.Path]:
+  """Draws the pictures of an experiment.
+
+  Args:
+    experiment: What was run.
+    gathered: What came out.
+    folder: Where the pictures go.
+    dpi: How many pixels make an inch of them.
+
+  Returns:
+    Where they are.
+  """
+  if not gathered:
+    return []
+  drawn = []
+  with plt.style.context(STYLE):
+    for suffix, paint in _PICTURES[experiment.picture].items():
+      figure = paint(experiment, gathered)
+      drawn.append(folder / f"{experiment.name}{suffix}.png")
+      figure.savefig(drawn[-1], dpi=dpi, bbox_inches="tight", facecolor="white")
+      plt.close(figure)
+  return drawn
+
+
+def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """One panel a batch size: accuracy (solid) above loss (dashed), bands over the seeds."""
+  columns = len(experiment.batch_sizes)
+  figure, axes = plt.subplots(
+    *(2, columns),
+    figsize=(9, 5.2),
+    squeeze=False,
+    sharex=True,
+    sharey="row",
+    gridspec_kw={"height_ratios": [3, 2], "hspace": 0.08, "wspace": 0.08},
+  )
+  for column, batch_size in enumerate(experiment.batch_sizes):
+    accuracy, loss = axes[:, column]
+    accuracy.set_title(f"batch size {batch_size}", loc="left", weight="bold")
+    loss.set_xlabel("epochs")
+    loss.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    for outcome in gathered:
+      if outcome.batch_size == batch_size:
+        # 0 and 100 % lie at infinity on the axis that `_scale_accuracy` may take.
+        _line(accuracy, outcome, outcome.test_accuracy.clip(0.002, 0.998), "-")
+        _line(loss, outcome, outcome.train_loss, "--")
+  axes[0, 0].set_ylabel("test accuracy (solid)")
+  axes[1, 0].set_ylabel("training loss (dashed)")
+  _scale_accuracy(axes[0, 0], np.array([outcome.test_accuracy.max() for outcome in gathered]))
+  _scale_loss(axes[1])
+  figure.align_ylabels()
+  _legend(experiment, gathered, axes[0, 0])
+  _footer(
+    axes[1, 0], -0.4, f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
+  )
+  return figure
+
+
+def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """Accuracy against batch size; and the steps and the seconds to a stated accuracy."""
+  figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), gridspec_kw={"wspace": 0.3})
+  accuracy, *needed = panels
+  for method in experiment.methods:
+    outcomes = [outcome for outcome in gathered if outcome.method == method]
+    # A run that has not come to it yet is drawn as far as it is.
+    if not outcomes:
+      continue
+    sizes = [outcome.batch_size for outcome in outcomes]
+    final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
+    steps = np.array([o.first_epoch(experiment.target) * o.steps for o in outcomes])
+    seconds = np.array([np.median(o.seconds) if len(o.seconds) else np.nan for o in outcomes])
+    style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.6}
+    accuracy.plot(sizes, final.mean(axis=1), **style)
+    accuracy.fill_between(
+      sizes, final.min(axis=1), final.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
+    )
+    for axes, values in zip(needed, (steps, steps * seconds), strict=True):
+      axes.plot(sizes, values, **style)
+  for axes in panels:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(experiment.batch_sizes, map(str, experiment.batch_sizes))
+    axes.set_xlabel("batch size")
+  accuracy.set_ylabel("test accuracy after the last epoch")
+  accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  for axes, what in zip(needed, ("steps", "seconds"), strict=True):
+    # There is nothing to scale where no method has reached it.
+    if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+      axes.set_yscale("log")
+      label_plainly(axes)
+    axes.set_ylabel(f"{what} to {experiment.target:.0%} test accuracy")
+  _legend(experiment, gathered, accuracy)
+  text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
+  _footer(
+    *(accuracy, -0.25),
+    f"{text}\nWhere no steps are shown, it was not reached. Seconds: steps times the median time "
+    "of a step, measured by itself.",
+  )
+  return figure
+
+
+def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """Accuracy against learning rate, one panel a batch size."""
+  sizes = [size for size in _RATES_SHOWN_AT if size in experiment.batch_sizes]
+  sizes = sizes or list(experiment.batch_sizes[:3])
+  figure, panels = plt.subplots(
+    1, len(sizes), figsize=(9, 3.6), squeeze=False, sharey=True, gridspec_kw={"wspace": 0.08}
+  )
+  for axes, batch_size in zip(panels[0], sizes, strict=True):
+    axes.set_title(f"batch size {batch_size}", loc="left", weight="bold")
+    axes.set_xlabel("learning rate")
+    axes.set_xscale("log")
+    for outcome in gathered:
+      if outcome.batch_size == batch_size:
+        axes.plot(
+          *(outcome.rates, outcome.validation_accuracy),
+          color=outcome.method.colour,
+          marker=outcome.method.marker,
+          markersize=4,
+          linewidth=1.6,
+        )
+  panels[0, 0].set_ylabel("accuracy on held-out images")
+  panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  _legend(experiment, gathered, panels[0, 0])
+  images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
+  _footer(
+    *(panels[0, 0], -0.25),
+    f"{experiment.dataset}{images}, {experiment.network.title}, "
+    f"{count(experiment.selection_length, 'epoch')}, one seed.",
+  )
+  return figure
+
+
+def _times(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """The time of an epoch, one group of bars a batch size."""
+  figure, axes = plt.subplots(figsize=(6, 3.6))
+  width = 0.8 / len(experiment.methods)
+  for number, method in enumerate(experiment.methods):
+    shown = [outcome for outcome in gathered if outcome.method == method and len(outcome.seconds)]
+    epochs = np.array(
+      [np.percentile(outcome.seconds, [25, 50, 75]) * outcome.steps for outcome in shown]
+    ).reshape(-1, 3)
+    places = [experiment.batch_sizes.index(outcome.batch_size) for outcome in shown]
+    axes.bar(
+      *(np.array(places) + (number - (len(experiment.methods) - 1) / 2) * width, epochs[:, 1]),
+      width=0.9 * width,
+      yerr=np.abs(epochs[:, [0, 2]] - epochs[:, [1]]).T,
+      error_kw={"elinewidth": 1, "ecolor": _INK},
+      color=method.colour,
+    )
+  axes.set_xticks(range(len(experiment.batch_sizes)), map(str, experiment.batch_sizes))
+  axes.set_xlabel("batch size")
+  axes.set_ylabel("seconds an epoch")
+  _legend(experiment, gathered, axes)
+  _footer(axes, -0.25, f"{experiment.dataset}, {experiment.network.title}: median and quartiles.")
+  return figure
+
+
+def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
+  """The paper's three panels: learning curves, Hessian's condition numbers, that of D."""
+  figure, (curves, hessian, d) = plt.subplots(1, 3, figsize=(11, 3.4), gridspec_kw={"wspace": 0.6})
+  losses = curves.twinx()
+  for outcome in gathered:
+    _line(curves, outcome, outcome.test_accuracy, "-")
+    _line(losses, outcome, outcome.train_loss, "--")
+    if not outcome.conditioning:
+      continue
+    epochs = outcome.conditioning["steps"] / outcome.steps
+    colour, label = outcome.method.colour, outcome.method.label
+    hessian.plot(
+      *(epochs, _smooth(outcome.conditioning["plain"])), color=colour, label=f"{label}, plain"
+    )
+    for epsilons, style in (("paper", "--"), ("none", ":")):
+      if f"D, epsilons {epsilons}" in outcome.conditioning:
+        text = f"{label}, preconditioned" if epsilons == "paper" else "the same, no epsilons"
+        values = outcome.conditioning[f"preconditioned, epsilons {epsilons}"]
+        hessian.plot(epochs, _smooth(values), style, color=colour, label=text)
+        text = "the paper's epsilons" if epsilons == "paper" else "no epsilons"
+        d.plot(
+          epochs, outcome.conditioning[f"D, epsilons {epsilons}"], style, color=colour, label=text
+        )
+  curves.set_ylabel("test accuracy (solid)")
+  curves.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  losses.set_ylabel("training loss (dashed)")
+  losses.grid(visible=False)
+  losses.spines["right"].set_visible(True)
+  hessian.set_ylabel("condition number of the Hessian")
+  d.set_ylabel("condition number of D")
+  for axes in (hessian, d):
+    axes.set_yscale("log")
+    axes.margins(y=0.35)
+    axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+  for axes in (curves, hessian, d):
+    axes.set_xlabel("epochs")
+  _legend(experiment, gathered, curves)
+  _footer(
+    *(curves, -0.25),
+    f"{caption(experiment)}. First unit of the output layer, on the batch of each fifth step; "
+    "Hessians as running medians of 15.",
+  )
+  return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+  half = 7
+  padded = np.pad(values, half, mode="symmetric")
+  return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+
+
+_PICTURES = {
+  "curves": {"": _curves},
+  "batch_sizes": {"": _batch_sizes, "-rates": _rates},
+  "rates": {"": _rates},
+  "times": {"": _times},
+  "conditioning": {"": _conditioning},
+}
+
+
+def _legend(experiment: Experiment, gathered: list[Outcome], axes: Axes) -> None:
+  there = {outcome.method for outcome in gathered}
+  handles = [
+    Line2D([], [], color=m.colour, marker=m.marker, markersize=4, linewidth=1.8, label=m.label)
+    for m in experiment.methods
+    if m in there
+  ]
+  axes.figure.legend(
+    handles=handles,
+    loc="lower left",
+    bbox_to_anchor=(-0.03, 1.1),
+    bbox_transform=axes.transAxes,
+    ncols=min(len(handles), 4),
+    frameon=False,
+  )
+
+
+def _footer(axes: Axes, below: float, text: str) -> None:
+  axes.text(0, below, text, transform=axes.transAxes, size=7.5, color="#666666", va="top")
+
+
+def _chosen(experiment: Experiment) -> str:
+  return " Rates chosen on held-out images." if len(experiment.rates) > 1 else ""
+
+
+def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
+  """Where all are near 100 %, gives the last percents the room that they are compared in."""
+  if best.max() > _CROWDED:
+    axes.set_yscale("logit")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995]))
+  axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+
+
+def _scale_loss(row: Iterable[Axes]) -> None:
+  """Gives the loss a logarithmic axis where it falls to a small part of what it was."""
+  low, high = np.transpose([axes.dataLim.intervaly for axes in row])
+  if low.min() > 0 and high.max() / low.min() > _WIDE:
+    for axes in row:
+      axes.set_yscale("log")
+      axes.yaxis.set_major_formatter("{x:g}")
+
+
+def label_plainly(axes: Axes) -> None:
+  """Labels a logarithmic axis with 1, 2, 5, 10 and so on, as numbers and not as powers."""
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter("{x:g}")
+  axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _line(axes: Axes, outcome: Outcome, values: np.ndarray, style: str) -> None:
+  epochs = np.arange(1, len(values) + 1)
+  method = outcome.method
+  axes.plot(
+    *(epochs, values.mean(axis=1), style),
+    color=method.colour,
+    marker=method.marker,
+    markersize=3,
+    markevery=max(1, len(epochs) // 6),
+    linewidth=1.6,
+  )
+  axes.fill_between(
+    epochs, values.min(axis=1), values.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
+  )

@@ -1,0 +1,161 @@
+"""The methods that the experiments compare: an optimizer, a normalization layer, a colour.
+
+A method looks the same in every figure. The colours are Okabe and Ito's, and Tol's, told apart by
+colour-blind readers; markers say it once more.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, Literal
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnp_experiments import models
+import bnp_optax
+from bnp_optax import normalization
+
+Rate = jax.Array | optax.Schedule
+Optimizer = Callable[[Rate], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Warmup:
+  """A learning rate that begins at a tenth of what it is to be.
+
+  Attributes:
+    steps: Steps until the full rate is reached, as far as they are given in steps.
+    epochs: Epochs until then, likewise.
+    linear: Whether it rises in a straight line, or is constant and then jumps.
+  """
+
+  steps: int = 0
+  epochs: float = 0.0
+  linear: bool = True
+
+  def factor(self, count: jax.Array, epoch: int) -> jax.Array:
+    """The factor of the rate at step `count`, for epochs of `epoch` steps."""
+    done = jnp.minimum(count.astype(jnp.float32) / (self.steps + self.epochs * epoch), 1.0)
+    return 0.1 + 0.9 * (done if self.linear else jnp.floor(done))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """One way to train a network.
+
+  Attributes:
+    name: What the command line and the records call it.
+    label: What tables and figures call it.
+    colour: Its colour in every figure.
+    marker: Its marker in every figure.
+    optimizer: Makes the optimizer for a learning rate, which may be traced, or a schedule.
+    bnp: Whether the optimizer comes after BNP in a chain, or inside `bnp_optax.bnp`; None for one
+      without BNP.
+    norm: Makes the network's normalization layers, if it has any.
+    network: What else the method changes of the network, as pairs of a field and its value.
+    weight_decay: Factor of the weights that is added to the gradient, after BNP.
+    warmup: How the learning rate begins; None for the full rate from the start.
+    variants: What is to be chosen together with the learning rate: this method with other settings
+      and a name of its own each; empty for this method as it is.
+  """
+
+  name: str
+  label: str
+  colour: str
+  marker: str
+  optimizer: Optimizer
+  bnp: Literal["before", "around"] | None = None
+  norm: models.Norm | None = None
+  network: tuple[tuple[str, Any], ...] = ()
+  weight_decay: float = 0.0
+  warmup: Warmup | None = None
+  variants: tuple["Method", ...] = ()
+
+  def make_optimizer(
+    self, rate: Rate, layers: bnp_optax.Layers
+  ) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for a learning rate and the layers of a network."""
+    inner = self.optimizer(rate)
+    if self.weight_decay:
+      inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
+    if self.bnp == "before":
+      return optax.chain(bnp_optax.scale_by_bnp(layers=layers), inner)
+    if self.bnp == "around":
+      return bnp_optax.bnp(inner, layers=layers)
+    return optax.with_extra_args_support(inner)
+
+  def adapt(self, network: nn.Module) -> nn.Module:
+    """The network as this method has it."""
+    return network.clone(norm=self.norm, **dict(self.network))
+
+
+def momentum(rate: Rate) -> optax.GradientTransformation:
+  """SGD with momentum 0.9."""
+  return optax.sgd(rate, momentum=0.9)
+
+
+def _four_things(
+  train: bool, ghost_size: int | None = None, num_groups: int | None = None
+) -> nn.Module:
+  """BatchNorm with 4 things; the weight of the example in inference is not tuned."""
+  return normalization.GhostBatchNorm(
+    use_running_average=not train,
+    momentum=0.99,
+    epsilon=1e-3,
+    ghost_size=ghost_size,
+    num_groups=num_groups,
+    example_weight=0.1,
+  )
+
+
+def _four_things_adam(rate: Rate) -> optax.GradientTransformation:
+  return optax.chain(normalization.add_decayed_scale_and_bias(1e-4), optax.adam(rate))
+
+
+def _clipped_sgd(rate: Rate) -> optax.GradientTransformation:
+  return optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(rate))
+
+
+SGD = Method("sgd", "SGD", "#777777", "s", optax.sgd)
+BATCHNORM = Method("batchnorm", "BatchNorm", "#E69F00", "^", optax.sgd, norm=models.batch_norm)
+LAYERNORM = Method("layernorm", "LayerNorm", "#009E73", "D", optax.sgd, norm=models.layer_norm)
+BNP = Method("bnp", "BNP", "#0072B2", "o", optax.sgd, "before")
+MOMENTUM = Method("momentum", "momentum", "#56B4E9", "v", momentum)
+BNP_CHAIN_MOMENTUM = Method(
+  "bnp_chain_momentum", "BNP, then momentum", "#882255", "P", momentum, "before"
+)
+BNP_MOMENTUM = Method("bnp_momentum", "bnp(momentum)", "#332288", "X", momentum, "around")
+ADAM = Method("adam", "Adam", "#CC79A7", "<", optax.adam)
+BNP_CHAIN_ADAM = Method("bnp_chain_adam", "BNP, then Adam", "#999933", ">", optax.adam, "before")
+BNP_ADAM = Method("bnp_adam", "bnp(Adam)", "#D55E00", "h", optax.adam, "around")
+ADAMW = Method("adamw", "AdamW", "#661100", "1", optax.adamw)
+BNP_ADAMW = Method("bnp_adamw", "bnp(AdamW)", "#117733", "d", optax.adamw, "around")
+MUON = Method("muon", "Muon", "#44AA99", "2", optax.contrib.muon)
+BNP_MUON = Method("bnp_muon", "bnp(Muon)", "#AA4499", "p", optax.contrib.muon, "around")
+CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#DDCC77", "*", _clipped_sgd)
+BATCHRENORM = Method(
+  "batchrenorm", "Batch Renorm", "#88CCEE", "8", optax.sgd, norm=models.batch_renorm
+)
+GROUPNORM = Method("groupnorm", "GroupNorm", "#882255", "d", optax.sgd, norm=models.group_norm)
+BNP_GROUPNORM = Method(
+  "bnp_groupnorm", "BNP + GroupNorm", "#332288", "p", optax.sgd, "before", models.group_norm
+)
+ADAM_BATCHNORM = Method(
+  "adam_batchnorm", "BatchNorm, Adam", "#882255", "X", optax.adam, norm=models.batch_norm
+)
+# Ghost batches where the batch is large, groups of channels where it is small.
+FOUR_THINGS = Method(
+  *("four_things", "BatchNorm with 4 things", "#332288", "v", _four_things_adam),
+  norm=functools.partial(_four_things, ghost_size=32),
+)
+FOUR_THINGS_SMALL = dataclasses.replace(
+  FOUR_THINGS, norm=functools.partial(_four_things, num_groups=8)
+)
+
+_ALL = [SGD, BATCHNORM, LAYERNORM, BNP, MOMENTUM, BNP_CHAIN_MOMENTUM, BNP_MOMENTUM, ADAM]
+_ALL += [BNP_CHAIN_ADAM, BNP_ADAM, ADAMW, BNP_ADAMW, MUON, BNP_MUON, CLIPPED_SGD, BATCHRENORM]
+_ALL += [GROUPNORM, BNP_GROUPNORM, ADAM_BATCHNORM, FOUR_THINGS]
+METHODS = {method.name: method for method in _ALL}

@@ -1,0 +1,222 @@
+"""What came out: the records of an experiment gathered, and shown as tables."""
+
+import pathlib
+
+import numpy as np
+from rich.table import Table
+
+from bnp_experiments import selection
+from bnp_experiments.catalogue import EXPERIMENTS
+from bnp_experiments.claims import TRAINS
+from bnp_experiments.experiment import SCALES, Experiment
+from bnp_experiments.methods import SGD, Method
+from bnp_experiments.outcomes import Outcome, find, percent, plateau
+from bnp_experiments.results import FILE, Results, read_results
+
+
+def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
+  """Gathers what has been completed of an experiment, from its records alone."""
+  gathered = []
+  for batch_size in experiment.batch_sizes:
+    times = results.find(**experiment.time_settings(batch_size))
+    measured = times[-1] if times else {"seconds": {}, "relative_to_sgd": {}}
+    for method in experiment.methods:
+      chosen = selection.chosen(experiment, results, method, batch_size)
+      if chosen is None:
+        continue
+      variant, choice = chosen
+      epochs = results.find(**experiment.epoch_settings(variant, batch_size, choice["rate"]))
+      epochs = epochs[: experiment.length]
+      if len(epochs) < experiment.length:
+        continue
+      gathered.append(
+        Outcome(
+          method,
+          batch_size,
+          experiment.rates,
+          np.array(choice["validation_accuracy"], float),
+          choice["rate"],
+          epochs[0].get("steps", 0),
+          np.array([epoch["train_loss"] for epoch in epochs], float),
+          np.array([epoch["test_accuracy"] for epoch in epochs], float),
+          np.array(measured["seconds"].get(method.name, []), float),
+          np.array(measured["relative_to_sgd"].get(method.name, []), float),
+          _conditioning(experiment, results, variant, batch_size, choice["rate"]),
+          variant.label if method.variants else "",
+          experiment.decays,
+        )
+      )
+  return gathered
+
+
+def _conditioning(
+  experiment: Experiment, results: Results, method: Method, batch_size: int, rate: float
+) -> dict[str, np.ndarray]:
+  records = results.find(**experiment.conditioning_settings(method, batch_size, rate))
+  return {
+    name: np.array(values, float)
+    for record in records
+    for name, values in record.items()
+    if isinstance(values, list)
+  }
+
+
+def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:
+  """Shows the outcomes, one row a method and one column a batch size.
+
+  Args:
+    experiment: What was run.
+    gathered: What came out.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown.
+  """
+  cells = {(outcome.method, outcome.batch_size): outcome for outcome in gathered}
+  columns = ["method", *(f"batch size {batch_size}" for batch_size in experiment.batch_sizes)]
+  table = Table(
+    *columns, title=caption(experiment), caption=_note(experiment), caption_justify="left"
+  )
+  markdown = [f"| {' | '.join(columns)} |", "| --- " + "| --: " * (len(columns) - 1) + "|"]
+  for method in experiment.methods:
+    texts = [_cell(cells.get((method, batch_size))) for batch_size in experiment.batch_sizes]
+    table.add_row(method.label, *("\n".join(lines) for lines in texts), end_section=True)
+    markdown.append(f"| {method.label} | {' | '.join('<br>'.join(lines) for lines in texts)} |")
+  return table, "\n".join([caption(experiment), "", *markdown, "", _note(experiment), ""])
+
+
+def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:
+  """Says over how many decades of the learning rate a method does as well as at its best.
+
+  Args:
+    experiment: What was run.
+    gathered: What came out.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown, with what its numbers mean.
+  """
+  cells = {(outcome.method, outcome.batch_size): outcome for outcome in gathered}
+  columns = ("method", *(f"batch size {batch_size}" for batch_size in experiment.batch_sizes))
+  rows = [
+    (method.label, *(_decades(cells.get((method, size))) for size in experiment.batch_sizes))
+    for method in experiment.methods
+  ]
+  shown, markdown = table(columns, rows)
+  note = (
+    "Decades of the learning rate: from the lowest to the highest rate of the unbroken run of "
+    f"grid rates, of {len(experiment.rates)} from {min(experiment.rates):g} to "
+    f"{max(experiment.rates):g}, that are within one point of the best accuracy on held-out "
+    f"images. ≥ where that run ends at an edge of the grid. One seed, "
+    f"{count(experiment.selection_length, 'epoch')}."
+  )
+  shown.title, shown.caption, shown.caption_justify = caption(experiment), note, "left"
+  return shown, "\n".join([caption(experiment), "", markdown, note, ""])
+
+
+def claims(folder: pathlib.Path) -> tuple[Table, str]:
+  """Says of each claim whether it holds, by the results at the largest scale there are.
+
+  Args:
+    folder: The folder of the results of all experiments.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown.
+  """
+  rows = []
+  for experiment in EXPERIMENTS.values():
+    shown, gathered = _largest(experiment, folder)
+    setting = caption(shown) if gathered else "no results"
+    name = f"{shown.name} ({shown.place})" if shown.place else shown.name
+    for claim in shown.claims:
+      judgement = claim.judge(gathered)
+      rows.append((name, setting, claim.text, judgement.measured, judgement.verdict))
+  return table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), rows)
+
+
+def rates(folder: pathlib.Path) -> tuple[Table, str]:
+  """Sets the learning rates of the paper's Tables 2 and 3 beside those that were chosen here.
+
+  Args:
+    folder: The folder of the results of all experiments.
+
+  Returns:
+    The table for the terminal, and the same table in Markdown.
+  """
+  rows = []
+  for experiment in EXPERIMENTS.values():
+    shown, gathered = _largest(experiment, folder)
+    for method in experiment.methods:
+      found = find(gathered, method.name, None)
+      if method.name in experiment.paper_rates and found and len(found.rates) > 1:
+        theirs = f"{experiment.paper_rates[method.name]:g}"
+        rows.append((f"{shown.name} ({shown.place})", method.label, theirs, _rate(found)))
+  return table(("experiment", "method", "rate in the paper", "rate chosen here"), rows)
+
+
+def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, list[Outcome]]:
+  for scale in reversed(SCALES):
+    shown = experiment.at(scale)
+    there = (folder / shown.folder / FILE).exists()
+    # A run that has only just begun hides no smaller one.
+    if there and (gathered := outcomes(shown, read_results(folder / shown.folder))):
+      return shown, gathered
+  return experiment, []
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[Table, str]:
+  """A table for the terminal, and the same table in Markdown."""
+  shown = Table(*columns)
+  markdown = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+  for row in rows:
+    shown.add_row(*row)
+    markdown.append(f"| {' | '.join(row)} |")
+  return shown, "\n".join([*markdown, ""])
+
+
+def caption(experiment: Experiment) -> str:
+  """The setting of an experiment, in one line."""
+  runs, epochs = count(experiment.seeds, "seed"), count(experiment.length, "epoch")
+  images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
+  return f"{experiment.dataset}{images}, {experiment.network.title}, {epochs}, {runs}"
+
+
+def count(number: int, thing: str) -> str:
+  """Such as "1 epoch" and "3 epochs"."""
+  return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _note(experiment: Experiment) -> str:
+  note = "Test accuracy in % after the last epoch: mean (range) over the seeds."
+  if len(experiment.rates) > 1:
+    note += " Learning rate chosen on held-out training images; * is at an edge of the grid."
+  if experiment.timed:
+    note += " Time of a step relative to plain SGD: median (quartiles)."
+  return note
+
+
+def _rate(outcome: Outcome) -> str:
+  return f"{outcome.rate:g}{'*' if outcome.at_edge else ''}"
+
+
+def _decades(outcome: Outcome | None) -> str:
+  if outcome is None:
+    return "not run"
+  if outcome.validation_accuracy.max() <= TRAINS:
+    return "does not train"
+  low, high = plateau(outcome.rates, outcome.validation_accuracy)
+  at_edge = low == min(outcome.rates) or high == max(outcome.rates)
+  return f"{'≥ ' if at_edge else ''}{np.log10(high / low):.1f}"
+
+
+def _cell(outcome: Outcome | None) -> list[str]:
+  if outcome is None:
+    return ["not run"]
+  diverged = "" if np.isfinite(outcome.train_loss[-1]).all() else " diverged"
+  lines = [
+    percent(outcome.final) + diverged,
+    f"rate {_rate(outcome)}{', ' * bool(outcome.variant)}{outcome.variant}",
+  ]
+  if len(outcome.relative_times):
+    low, middle, high = np.percentile(outcome.relative_times, [25, 50, 75])
+    quartiles = f" ({low:.2f}–{high:.2f})" if outcome.method != SGD else ""
+    lines.append(f"{middle:.2f}x" + quartiles)
+  return lines

@@ -1,0 +1,177 @@
+"""The paper's residual networks, as Flax modules with a free choice of normalization layer.
+
+He et al., Deep Residual Learning for Image Recognition, CVPR 2016 (2016a), and Identity Mappings in
+Deep Residual Networks, ECCV 2016 (2016b), whose normalization layers may be any, or left out.
+Convolutions have biases where no normalization follows, or where `use_bias` says so: BNP subtracts
+the mean of what a layer reads by way of its bias, and GroupNorm does not take that bias away.
+Weights are He-normal, not truncated, as in PyTorch, with which the paper trains these networks.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from bnp_experiments.models import Norm, normalize
+
+
+def batch_norm(train: bool) -> nn.Module:
+  """BatchNorm with the momentum and epsilon of PyTorch."""
+  return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
+
+
+class ResNet(nn.Module):
+  """The residual network for CIFAR, of 6n + 2 layers (2016a, Section 4.2).
+
+  A 3 x 3 convolution of 16 channels, three stages of n blocks with 16, 32 and 64 channels, the mean
+  over positions, and the output layer. Shortcuts have no parameters (option A): where the channels
+  double, they skip every other position and fill up with zeros.
+
+  Attributes:
+    depth: Number of layers with weights: 8, 14, 20, ..., 110.
+    preactivation: Whether normalization and ReLU come before each convolution (2016b, Figure 4e).
+    classes: Number of outputs.
+    norm: Makes the normalization layers; None for a network without any.
+    init_scale: What He's initial weights are multiplied with.
+    use_bias: Whether convolutions have biases; None for where there is no norm.
+  """
+
+  depth: int = 20
+  preactivation: bool = False
+  classes: int = 10
+  norm: Norm | None = None
+  init_scale: float = 1.0
+  use_bias: bool | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps images `[batch, height, width, channels]` to logits `[batch, classes]`."""
+    blocks, rest = divmod(self.depth - 2, 6)
+    if rest or blocks < 1:
+      raise ValueError(f"A residual network for CIFAR has 6n + 2 layers, not {self.depth}.")
+    conv = _conv(self.init_scale, self.norm is None if self.use_bias is None else self.use_bias)
+    hidden = _activate(conv(16, (3, 3))(images), self.norm, train)
+    for stage, channels in enumerate((16, 32, 64)):
+      for number in range(blocks):
+        hidden = Block(
+          channels,
+          conv,
+          self.norm,
+          stride=2 if stage and not number else 1,
+          order=_POST if not self.preactivation else _PRE if stage or number else _FIRST,
+        )(hidden, train=train)
+    if self.preactivation:
+      hidden = _activate(hidden, self.norm, train)
+    return nn.Dense(self.classes, kernel_init=_he_normal(self.init_scale))(_pool(hidden))
+
+  @property
+  def title(self) -> str:
+    """What figures and records call this network, without its norm."""
+    return f"{'preactivation ' * self.preactivation}ResNet-{self.depth}"
+
+
+class ResNet18(nn.Module):
+  """ResNet-18 for ImageNet (2016a, Table 1).
+
+  A 7 x 7 convolution and 3 x 3 max pooling, both with stride 2, four stages of two blocks with 64
+  to 512 channels, the mean over positions, and the output layer. Where the channels double, a 1 x 1
+  convolution is the shortcut (option B).
+
+  Attributes:
+    classes: Number of outputs.
+    norm: Makes the normalization layers; None for a network without any.
+    init_scale: What He's initial weights are multiplied with.
+    use_bias: Whether convolutions have biases; None for where there is no norm.
+  """
+
+  classes: int = 1000
+  norm: Norm | None = None
+  init_scale: float = 1.0
+  use_bias: bool | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    """Maps images `[batch, height, width, channels]` to logits `[batch, classes]`."""
+    conv = _conv(self.init_scale, self.norm is None if self.use_bias is None else self.use_bias)
+    hidden = _activate(conv(64, (7, 7), strides=2, padding=3)(images), self.norm, train)
+    # What is padded is not negative, so zeros do not change the maxima.
+    hidden = jnp.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    hidden = nn.max_pool(hidden, (3, 3), strides=(2, 2))
+    for stage, channels in enumerate((64, 128, 256, 512)):
+      for number in range(2):
+        stride = 2 if stage and not number else 1
+        block = Block(channels, conv, self.norm, stride=stride, projection=stride == 2)
+        hidden = block(hidden, train=train)
+    return nn.Dense(self.classes, kernel_init=_he_normal(self.init_scale))(_pool(hidden))
+
+  @property
+  def title(self) -> str:
+    """What figures and records call this network, without its norm."""
+    return "ResNet-18"
+
+
+# Where normalization and ReLU are in a block: after each convolution and, the last, after the sum
+# (2016a); before each convolution (2016b); or so, but the input of the block has had them already.
+_POST, _PRE, _FIRST = "post", "pre", "first"
+
+
+class Block(nn.Module):
+  """Two 3 x 3 convolutions, whose result is added to a shortcut.
+
+  Before a convolution, normalization and ReLU belong to the residual branch alone; where the shape
+  changes, to the shortcut too (2016b; so the authors' code).
+
+  Attributes:
+    channels: Channels of both convolutions.
+    conv: Makes them.
+    norm: Makes the normalization layers; None for none.
+    stride: Stride of the first convolution.
+    projection: Whether the shortcut is a 1 x 1 convolution, or has no parameters.
+    order: Where normalization and ReLU are.
+  """
+
+  channels: int
+  conv: Callable[..., nn.Module]
+  norm: Norm | None
+  stride: int = 1
+  projection: bool = False
+  order: str = _POST
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
+    """Maps `[batch, height, width, channels]` to the same, or to half the height and width."""
+    hidden = _activate(inputs, self.norm, train) if self.order == _PRE else inputs
+    changes = self.stride > 1 or inputs.shape[-1] != self.channels
+    shortcut = hidden if changes else inputs
+    hidden = self.conv(self.channels, (3, 3), strides=self.stride)(hidden)
+    hidden = self.conv(self.channels, (3, 3))(_activate(hidden, self.norm, train))
+    if self.order == _POST:
+      hidden = normalize(hidden, self.norm, train)
+    if self.projection:
+      shortcut = self.conv(self.channels, (1, 1), strides=self.stride, padding=0)(shortcut)
+      shortcut = normalize(shortcut, self.norm, train)
+    elif changes:
+      missing = self.channels - shortcut.shape[-1]
+      shortcut = shortcut[:, :: self.stride, :: self.stride]
+      shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    return nn.relu(hidden + shortcut) if self.order == _POST else hidden + shortcut
+
+
+def _activate(hidden: jax.Array, norm: Norm | None, train: bool) -> jax.Array:
+  return nn.relu(normalize(hidden, norm, train))
+
+
+def _pool(hidden: jax.Array) -> jax.Array:
+  return jnp.mean(hidden, axis=(1, 2))
+
+
+def _conv(init_scale: float, use_bias: bool) -> Callable[..., Any]:
+  kernel_init = _he_normal(init_scale)
+  return functools.partial(nn.Conv, padding=1, use_bias=use_bias, kernel_init=kernel_init)
+
+
+def _he_normal(scale: float) -> nn.initializers.Initializer:
+  return nn.initializers.variance_scaling(2.0 * scale**2, "fan_in", "normal")

@@ -1,0 +1,95 @@
+"""What the command line does: run an experiment, draw it, report on all of them."""
+
+import pathlib
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bnp_experiments import data, figures, report
+from bnp_experiments.checkpoints import Checkpoints
+from bnp_experiments.errors import ExperimentError
+from bnp_experiments.experiment import Experiment
+from bnp_experiments.protocol import Run
+from bnp_experiments.results import Results, open_results, read_results, writing_to
+
+
+def run(experiment: Experiment, folder: pathlib.Path) -> None:
+  """Runs what is missing of an experiment, and shows all of it.
+
+  Args:
+    experiment: What to run.
+    folder: Where its results are, or shall be.
+
+  Raises:
+    ExperimentError: It cannot be run.
+  """
+  experiment.check()
+  dataset = data.load(experiment.dataset)
+  console = Console()
+  with open_results(folder, ["bnp-optax", *sys.argv[1:]]) as results:
+    checkpoints = Checkpoints(folder / "checkpoints")
+    progress = _progress(console)
+    todo = Run(experiment, dataset, results, checkpoints, progress)
+    with progress:
+      todo()
+    _show(experiment, results, folder, console)
+
+
+def draw(experiment: Experiment, folder: pathlib.Path) -> None:
+  """Shows what there is of an experiment, from its results alone.
+
+  Args:
+    experiment: What to show.
+    folder: Where its results are.
+
+  Raises:
+    ExperimentError: There are no results.
+  """
+  _show(experiment, read_results(folder), folder, Console())
+
+
+def report_claims(folder: pathlib.Path) -> None:
+  """Shows of each claim whether it holds, and the learning rates beside the paper's.
+
+  Args:
+    folder: The folder of the results of all experiments.
+  """
+  console = Console()
+  for name, tabulate in (("claims", report.claims), ("rates", report.rates)):
+    table, markdown = tabulate(folder)
+    console.print(table)
+    if folder.is_dir():
+      with writing_to(folder):
+        (folder / f"{name}.md").write_text(markdown)
+
+
+def _show(experiment: Experiment, results: Results, folder: pathlib.Path, console: Console) -> None:
+  gathered = report.outcomes(experiment, results)
+  if not gathered:
+    raise ExperimentError(
+      f"{folder} has no complete results of {experiment.name} with these settings: "
+      f"{report.caption(experiment)}"
+    )
+  tables = {experiment.name: report.tables(experiment, gathered)}
+  if experiment.picture == "batch_sizes":
+    tables[f"{experiment.name}-plateaus"] = report.plateaus(experiment, gathered)
+  for table, _ in tables.values():
+    console.print(table)
+  with writing_to(folder):
+    for name, (_, markdown) in tables.items():
+      (folder / f"{name}.md").write_text(markdown)
+    for picture in figures.draw(experiment, gathered, folder):
+      console.print(f"picture: {picture}", soft_wrap=True)
+
+
+def _progress(console: Console) -> Progress:
+  return Progress(
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TaskProgressColumn(),
+    TimeRemainingColumn(),
+    console=console,
+    speed_estimate_period=300,
+    transient=True,
+  )

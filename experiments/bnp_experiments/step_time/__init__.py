@@ -1,0 +1,205 @@
+"""What a training step costs, network by network and method by method: `bnp-optax run step-time`.
+
+It learns nothing, so random images will do and no data is fetched. A cell is one network at one
+batch size: the step of every method is compiled by itself, and then all are timed in rounds, each
+in turn, so that whatever else the machine does meets all of them alike. Ratios are taken within a
+round. The results of a cell are one line; a run goes on after the last one that is there.
+"""
+
+from collections.abc import Callable
+import contextlib
+import math
+import pathlib
+import sys
+import time
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from bnp_experiments.methods import SGD, Method
+from bnp_experiments.results import Record, Results, open_results, read_results, writing_to
+from bnp_experiments.step_time import report
+from bnp_experiments.step_time.cells import CLASSES, Cell, cells
+import bnp_optax
+
+NAME = "step-time"
+TITLE = "Time, memory and compile time of a training step, relative to plain SGD"
+_RATE = 1e-6
+_SECONDS_A_SAMPLE = 0.05
+_FEWEST_ROUNDS = 5
+
+
+def run(scale: str, folder: pathlib.Path) -> None:
+  """Measures what is missing, and shows all of it.
+
+  Args:
+    scale: How much to measure.
+    folder: Where the results are, or shall be.
+
+  Raises:
+    ExperimentError: The results cannot be read or written.
+  """
+  console = Console()
+  with open_results(folder, ["bnp-optax", *sys.argv[1:]]) as results:
+    for cell in cells(scale):
+      if not results.find(**cell.settings):
+        console.print(f"{cell.network.title}, batch size {cell.batch_size}", highlight=False)
+        results.append(cell.settings | measure(cell, seconds=1.0 if scale == "smoke" else 10.0))
+    _show(scale, results, folder, console)
+
+
+def draw(scale: str, folder: pathlib.Path) -> None:
+  """Shows what there is, from the results alone."""
+  _show(scale, read_results(folder), folder, Console())
+
+
+def measure(cell: Cell, seconds: float) -> Record:
+  """Compiles and times the step of every method.
+
+  Args:
+    cell: What to measure.
+    seconds: How long to time all methods together, at the least.
+
+  Returns:
+    `seconds`, a step of each method in each round; `relative_to_sgd`, the same as ratios within the
+    round; and `programs`, what is known of each method's compiled step.
+  """
+  steps = {method.name: Step(cell, method) for method in cell.methods}
+  rounds, end = [], time.perf_counter() + seconds
+  while len(rounds) < _FEWEST_ROUNDS or time.perf_counter() < end:
+    rounds.append({name: step.sample() for name, step in steps.items()})
+  return {
+    "seconds": {name: [times[name] for times in rounds] for name in steps},
+    "relative_to_sgd": {
+      name: [times[name] / times[SGD.name] for times in rounds] for name in steps
+    },
+    "programs": {name: step.program for name, step in steps.items()},
+  }
+
+
+class Step:
+  """The compiled training step of one method, and where its training has got to.
+
+  Attributes:
+    compiled: The compiled step.
+    program: Processor seconds to trace and to compile it, the operations and bytes that the
+      compiler counts, the most memory it holds at a time, and the bytes of the optimizer's state.
+  """
+
+  def __init__(self, cell: Cell, method: Method) -> None:
+    """Compiles the step of a method on the network and the batch of a cell."""
+    model = method.adapt(cell.network)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.uniform(size=(cell.batch_size, *cell.shape)), jnp.float32)
+    labels = jnp.arange(cell.batch_size, dtype=jnp.int32) % CLASSES
+    variables = _variables(model, images, rng)
+    params = variables.pop("params")
+    layers = bnp_optax.linen.layers(model, images, train=False, strict=True)
+    optimizer = method.make_optimizer(jnp.asarray(_RATE, jnp.float32), layers)
+    # Who trains without BNP has no use for statistics, and should not pay for tracing them.
+    sowing = bnp_optax.linen.sow_statistics if method.bnp else contextlib.nullcontext
+    take_step = jax.jit(_training_step(model, optimizer, sowing), donate_argnums=0)
+    opt_state = optimizer.init(params)
+    self._state = (params, variables, opt_state)
+    self._batch = (images, labels)
+    # Processor time: of what happens once, rounds cannot take out what else the machine does.
+    start = time.process_time()
+    lowered = take_step.lower(self._state, *self._batch)
+    traced = time.process_time()
+    self.compiled = compiled = lowered.compile()
+    compile_seconds = time.process_time() - traced
+    counted: Any = compiled.cost_analysis()
+    memory: Any = compiled.memory_analysis()
+    self.program = {
+      "trace_seconds": traced - start,
+      "compile_seconds": compile_seconds,
+      "flops": counted["flops"],
+      "bytes_accessed": counted["bytes accessed"],
+      # Arguments that are given away become outputs.
+      "peak_bytes": memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes,
+      "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state)),
+    }
+    self._take_step = take_step
+    self._count = 1
+    self.sample()
+    # Once more, now that all is loaded, to see how many steps make a sample.
+    self._count = 5
+    self._count = max(1, round(_SECONDS_A_SAMPLE / self.sample()))
+
+  def sample(self) -> float:
+    """Seconds a step, over one sample of steps."""
+    start = time.perf_counter()
+    for _ in range(self._count):
+      self._state = self._take_step(self._state, *self._batch)
+    jax.block_until_ready(self._state)
+    return (time.perf_counter() - start) / self._count
+
+
+def _training_step(
+  model: nn.Module,
+  optimizer: optax.GradientTransformationExtraArgs,
+  sowing: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Callable[[tuple[Any, dict[str, Any], Any], jax.Array, jax.Array], tuple[Any, Any, Any]]:
+  """A step as users write it, from one state to the next."""
+
+  def step(
+    state: tuple[Any, dict[str, Any], Any], images: jax.Array, labels: jax.Array
+  ) -> tuple[Any, Any, Any]:
+    params, model_state, opt_state = state
+
+    def loss_fn(params: Any) -> tuple[jax.Array, dict[str, Any]]:
+      with sowing():
+        logits, variables = model.apply(
+          {"params": params, **model_state},
+          images,
+          train=True,
+          mutable=["intermediates", *model_state],
+        )
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+      return losses.mean(), dict(variables)
+
+    grads, variables = jax.grad(loss_fn, has_aux=True)(params)
+    stats = variables.pop("intermediates", {})
+    updates, opt_state = optimizer.update(grads, opt_state, params, stats=stats)
+    return optax.apply_updates(params, updates), variables, opt_state
+
+  return step
+
+
+def _variables(model: nn.Module, images: jax.Array, rng: np.random.Generator) -> dict[str, Any]:
+  """Variables of the right shapes, with no numbers that arithmetic is slow with.
+
+  The initializers themselves take longer to compile than a step.
+  """
+
+  def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    fan_in = math.prod(leaf.shape[:-1])
+    values = np.ones(leaf.shape) if leaf.ndim < 2 else rng.normal(size=leaf.shape) / fan_in**0.5
+    return jnp.asarray(values, leaf.dtype)
+
+  def init(key: jax.Array, images: jax.Array) -> Any:
+    return model.init(key, images, train=False)
+
+  return dict(jax.tree.map(fill, jax.eval_shape(init, jax.random.key(0), images)))
+
+
+def _show(scale: str, results: Results, folder: pathlib.Path, console: Console) -> None:
+  measured = [
+    (cell, found[-1]) for cell in cells(scale) if (found := results.find(**cell.settings))
+  ]
+  markdown = []
+  for table, text in report.tables(measured):
+    markdown.append(text)
+    console.print(table)
+  with writing_to(folder):
+    (folder / f"{NAME}.md").write_text("\n".join(markdown))
+    if picture := report.draw(measured, folder):
+      console.print(f"picture: {picture}", soft_wrap=True)

@@ -1,0 +1,104 @@
+"""How well conditioned the first unit of the output layer is, as training goes (Figure 8).
+
+The Hessian of the loss with respect to that unit's bias and weights is H^T S H (Proposition 2);
+for cross entropy S is the diagonal of p (1 - p) / N. With more weights than examples it is
+singular, and its small eigenvalues are lost to rounding. So the condition numbers are those of
+S^(1/2) H, squared, in float64.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnp_experiments import training
+from bnp_experiments.models import MLP
+from bnp_optax import conditioning
+
+_STEPS_APART = 5
+# The paper's, and none.
+_EPSILONS = {"paper": (1e-2, 1e-4), "none": (0.0, 0.0)}
+
+
+def trace(
+  setup: training.Setup, rate: float, epochs: int, images: Any, labels: Any
+) -> dict[str, Any]:
+  """Trains one run, and measures before every fifth step, on the batch of that step.
+
+  Args:
+    setup: What is trained, and how: a fully connected network without norm.
+    rate: The learning rate.
+    epochs: How long.
+    images: The training images.
+    labels: Their labels.
+
+  Returns:
+    Lists of numbers, one for each measurement: the `steps` taken, the condition number of the
+    Hessian (`plain`); and, where BNP is trained, `preconditioned` and that of D (`D`), each with
+    the paper's epsilons and with none.
+  """
+  lanes = training.make_lanes([1], [rate])
+  state = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, images))
+  take_steps = jax.jit(training.take_steps, static_argnums=0)
+  measured: dict[str, Any] = {"steps": [], "plain": []}
+  for epoch in range(1, epochs + 1):
+    (order,) = training.epoch_order(lanes.seeds, epoch, len(images))
+    for first in range(0, setup.steps, _STEPS_APART):
+      rows = order[first * setup.batch_size : (first + 1) * setup.batch_size]
+      measured["steps"].append((epoch - 1) * setup.steps + first)
+      for name, value in _measure(setup, state, images[rows]).items():
+        measured.setdefault(name, []).append(value)
+      last = min(first + _STEPS_APART, setup.steps)
+      run = (lanes.seeds[0], lanes.rates[0], order)
+      state, _ = take_steps(setup, state, *run, epoch, first, last, images, labels)
+  return measured
+
+
+def _measure(
+  setup: training.Setup, state: training.LaneState, images: jax.Array
+) -> dict[str, float]:
+  hidden, logits = (np.asarray(x, np.float64) for x in _forward(setup.model, state.params, images))
+  exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+  p = exponentials[:, 0] / exponentials.sum(axis=1)
+  H = np.column_stack([np.ones(len(hidden)), hidden])
+  root = np.sqrt(p * (1 - p) / len(p))[:, None] * H
+  measured = {"plain": _kappa(root) ** 2}
+  if setup.method.bnp is not None:
+    bnp = state.opt_state[0]
+    layer = _layers(state.params)[-1]
+    kernel = state.params[layer]["kernel"]
+    mean, variance = bnp.input_mean[layer]["kernel"], bnp.input_variance[layer]["kernel"]
+    with jax.enable_x64(True):
+      mean, variance = (jax.numpy.asarray(x, "float64") for x in (mean, variance))
+      for name, (relative, absolute) in _EPSILONS.items():
+        U, D = conditioning.preconditioner(
+          mean, variance, kernel.shape, eps_relative=relative, eps_absolute=absolute
+        )
+        P = np.asarray(U[0] @ D[0])
+        measured[f"preconditioned, epsilons {name}"] = _kappa(root @ P) ** 2
+        measured[f"D, epsilons {name}"] = _kappa(np.asarray(D[0]))
+  return measured
+
+
+@jax.jit(static_argnums=0)
+def _forward(model: MLP, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What the output layer reads, and the logits."""
+  logits, variables = model.apply(
+    {"params": params},
+    training.as_inputs(images),
+    train=True,
+    capture_intermediates=lambda module, _: module.name in params,
+    mutable=["intermediates"],
+  )
+  seen: Any = variables["intermediates"]
+  return jax.nn.relu(seen[_layers(params)[-2]]["__call__"][0]), logits
+
+
+def _layers(params: Any) -> list[str]:
+  """The names of the dense layers, in their order."""
+  return sorted(params, key=lambda name: int(name.removeprefix("Dense_")))
+
+
+def _kappa(matrix: np.ndarray) -> float:
+  # Without epsilons, the deviation of a unit that is dead for long becomes 0.
+  return float(conditioning.condition_number(matrix)) if np.isfinite(matrix).all() else np.nan

@@ -1,0 +1,125 @@
+"""The rules by which claims hold, on outcomes made by hand."""
+
+import dataclasses
+
+from bnp_experiments import claims, methods
+from bnp_experiments.outcomes import Outcome
+import numpy as np
+import pytest
+
+
+def _outcome(method, accuracy, batch_size=6, seconds=()):
+  """Accuracies in percent, `[epochs][seeds]`."""
+  accuracy = np.array(accuracy, float) / 100
+  nothing = np.array([])
+  times = np.array(seconds, float)
+  return Outcome(
+    method, batch_size, (0.1,), nothing, 0.1, 10, np.zeros_like(accuracy), accuracy, times, nothing
+  )
+
+
+BNP = _outcome(methods.BNP, [[30, 32], [50, 51], [49, 52], [50, 52], [50, 50], [49, 51]])
+SGD = _outcome(methods.SGD, [[20, 21], [30, 30], [40, 40], [44, 44], [46, 47], [48, 50]])
+BATCHNORM = _outcome(methods.BATCHNORM, [[10, 10]] * 5 + [[10, 12]])
+
+
+@pytest.mark.parametrize(
+  ("judge", "verdict", "measured"),
+  [
+    (claims.better("bnp", "batchnorm"), "holds", "BNP 50.0 (49.0–51.0), BatchNorm 11.0"),
+    (claims.better("bnp", "batchnorm", "sgd"), "within the spread", "SGD 49.0 (48.0–50.0)"),
+    (claims.better("bnp", "sgd", early=True), "holds", "BNP 40.8 (40.0–41.5), SGD 25.2"),
+    (claims.better("batchnorm", "bnp"), "does not hold", ""),
+    (claims.better("bnp", "layernorm"), "not run", "no results of layernorm"),
+    (claims.better("bnp", "sgd", batch_size=1), "not run", "no results of bnp, sgd"),
+    (claims.below("batchnorm", "bnp", "sgd"), "holds", ""),
+    (claims.below("sgd", "bnp"), "within the spread", ""),
+    (claims.below("bnp", "batchnorm"), "does not hold", ""),
+    (claims.comparable("bnp", "sgd"), "holds", ""),
+    (claims.comparable("bnp", "batchnorm"), "does not hold", ""),
+    (claims.trains("bnp", "sgd"), "holds", ""),
+    (claims.trains("bnp", "batchnorm"), "does not hold", ""),
+    (claims.fails("batchnorm"), "holds", "BatchNorm 11.0 (10.0–12.0)"),
+    (claims.fails("bnp"), "does not hold", ""),
+    (claims.falls_back("bnp"), "within the spread", "middle third 50.8 (49.5–52.0), last 50.0"),
+    (claims.falls_back("sgd"), "does not hold", ""),
+    (claims.falls_back("adam"), "not run", ""),
+  ],
+)
+def test_verdicts(judge, verdict, measured):
+  judgement = judge([BNP, SGD, BATCHNORM])
+  assert judgement.verdict == verdict
+  assert measured in judgement.measured
+
+
+def test_overfitting_is_falling_back_from_the_middle_to_the_last_third():
+  outcome = _outcome(methods.BNP, [[30, 32], [40, 41], [50, 52], [52, 51], [50, 50], [49, 51]])
+  judgement = claims.falls_back("bnp")([outcome])
+  assert judgement == ("holds", "middle third 51.2 (51.0–51.5), last 50.0 (49.5–50.5)")
+
+
+def test_a_single_epoch_cannot_fall_back():
+  judgement = claims.falls_back("bnp")([_outcome(methods.BNP, [[30, 32]])])
+  assert judgement == ("within the spread", "fewer than three epochs")
+
+
+def test_one_run_tells_nothing():
+  pair = [_outcome(methods.BNP, [[60]]), _outcome(methods.SGD, [[10]])]
+  assert claims.better("bnp", "sgd")(pair).verdict == "within the spread"
+
+
+def test_the_start_ends_before_the_first_decay():
+  outcome = dataclasses.replace(_outcome(methods.BNP, [[10], [20]] + [[90]] * 10), decays=(2, 8))
+  np.testing.assert_allclose(outcome.early, 0.15)
+
+
+def test_gains_are_counted_from_the_first_decay():
+  before, after = [[30, 32]] * 4, [[50, 51], [52, 53]]
+  bnp = dataclasses.replace(_outcome(methods.BNP, before + after), decays=(4, 5))
+  sgd = dataclasses.replace(_outcome(methods.SGD, after + before), decays=(4, 5))
+  much = claims.gains_more("bnp", "sgd")([bnp, sgd])
+  assert much == ("holds", "BNP 21.5 (21.0–22.0), SGD 0.0 (0.0–0.0)")
+  assert claims.gains_more("sgd", "bnp")([bnp, sgd]).verdict == "does not hold"
+  never = [dataclasses.replace(outcome, decays=(80, 120)) for outcome in (bnp, sgd)]
+  assert claims.gains_more("bnp", "sgd")(never).verdict == "within the spread"
+
+
+def test_a_method_is_steady_if_its_batch_size_does_not_matter():
+  outcomes = [
+    _outcome(methods.BNP, [[50, 51]], 1),
+    _outcome(methods.BNP, [[51, 52]], 60),
+    _outcome(methods.BNP, [[55, 55]], 512),
+  ]
+  assert claims.steady("bnp", 1, 60)(outcomes).verdict == "holds"
+  assert claims.steady("bnp", 1, 60, 512)(outcomes).verdict == "does not hold"
+  assert claims.steady("bnp", 1, 2)(outcomes).verdict == "not run"
+
+
+@pytest.mark.parametrize(
+  ("seconds", "verdict"),
+  [
+    ([1, 2, 3], "holds"),
+    ([3, 4, 5], "does not hold"),
+    ([1, 2.5, 5], "within the spread"),
+    ([], "not run"),
+  ],
+)
+def test_times_are_compared_round_by_round(seconds, verdict):
+  outcomes = [
+    _outcome(methods.BNP, [[50]], seconds=seconds),
+    _outcome(methods.SGD, [[50]], seconds=[2, 2.5, 3.5][: len(seconds)]),
+  ]
+  assert claims.quicker("bnp", "sgd", 6)(outcomes).verdict == verdict
+
+
+def test_near_the_top_less_is_comparable():
+  outcomes = [_outcome(methods.BNP, [[98.0]]), _outcome(methods.SGD, [[97.0]])]
+  assert claims.comparable("bnp", "sgd")(outcomes).verdict == "does not hold"
+  outcomes[1] = _outcome(methods.SGD, [[97.7]])
+  assert claims.comparable("bnp", "sgd")(outcomes).verdict == "holds"
+
+
+def test_an_outcome_knows_when_it_reaches_an_accuracy():
+  assert SGD.first_epoch(0.4) == 3
+  assert SGD.first_epoch(0.9) == np.inf
+  assert not SGD.at_edge

@@ -1,0 +1,150 @@
+"""The docs show what the committed results say, and every picture there is drawn from them."""
+
+import dataclasses
+import json
+import pathlib
+
+from bnp_experiments import methods, report
+from bnp_experiments.__main__ import main, recorded
+from bnp_experiments.catalogue import EXPERIMENTS
+from bnp_experiments.outcomes import Outcome, plateau
+from bnp_experiments.results import FILE, read_results
+from bnp_experiments.step_time import report as times
+from bnp_experiments.step_time.cells import cells
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "notebooks" / "results"
+
+
+@pytest.mark.parametrize("tabulate", [report.claims, report.rates])
+def test_the_docs_hold_the_tables_of_the_committed_results(tabulate):
+  _, markdown = tabulate(RESULTS)
+  page = (ROOT / "docs" / "experiments.md").read_text()
+  assert markdown in page, "Run: bnp-optax report notebooks/results, and copy its tables."
+
+
+COMMITTED = [
+  experiment
+  for experiment in (experiment.at("laptop") for experiment in EXPERIMENTS.values())
+  if (RESULTS / experiment.folder / FILE).exists()
+]
+
+
+@pytest.mark.parametrize("experiment", COMMITTED, ids=lambda experiment: experiment.name)
+def test_committed_results_are_complete(experiment):
+  gathered = report.outcomes(experiment, read_results(RESULTS / experiment.folder))
+  assert len(gathered) == len(experiment.methods) * len(experiment.batch_sizes)
+  assert all(len(outcome.seconds) for outcome in gathered) == experiment.timed
+  assert (RESULTS / experiment.folder / f"{experiment.name}.png").exists()
+
+
+@pytest.mark.parametrize(
+  "folder", [file.parent for file in sorted(RESULTS.glob(f"*/{FILE}"))], ids=lambda x: x.name
+)
+def test_what_was_run_is_read_off_its_records(folder):
+  found = recorded(folder)
+  if found is None:
+    assert folder.name.partition("-")[0] in {"online", "step"}
+    return
+  experiment, command = found
+  assert folder.name.startswith(f"{experiment.name}-{experiment.dataset}")
+  assert command.startswith(f"bnp-optax run {experiment.name} ")
+  assert report.outcomes(experiment, read_results(folder))
+
+
+@pytest.mark.parametrize(
+  ("accuracy", "expected"),
+  [
+    ((0.40, 0.49, 0.50, 0.495, 0.30), (0.01, 0.1)),
+    ((0.40, 0.48, 0.50, 0.48, 0.50), (0.03, 0.03)),  # Not over a gap.
+    ((0.50, 0.50, 0.50, 0.50, 0.50), (0.003, 0.3)),
+    ((0.10, 0.10, 0.10, 0.10, 0.50), (0.3, 0.3)),
+  ],
+)
+def test_a_plateau_is_an_unbroken_run_of_rates_around_the_best(accuracy, expected):
+  rates = (0.003, 0.01, 0.03, 0.1, 0.3)
+  assert plateau(rates, np.array(accuracy)) == expected
+
+
+def outcome(rates, accuracy, method, batch_size):
+  none = np.zeros(0)
+  return Outcome(
+    *(method, batch_size, rates, np.array(accuracy), rates[0], 1, none, none, none, none)
+  )
+
+
+def test_plateaus_are_decades_and_say_where_the_grid_ends():
+  experiment = dataclasses.replace(
+    EXPERIMENTS["batch-sizes-fc"].at("laptop"),
+    batch_sizes=(1, 6, 60),
+    methods=(methods.SGD, methods.BNP),
+  )
+  gathered = [
+    outcome((0.01, 0.1, 1.0, 10.0), (0.2, 0.5, 0.495, 0.1), methods.BNP, 1),
+    outcome((0.01, 0.1, 1.0, 10.0), (0.5, 0.5, 0.495, 0.1), methods.BNP, 6),
+    outcome((0.01, 0.1, 1.0, 10.0), (0.1, 0.1, 0.1, 0.1), methods.BNP, 60),
+  ]
+  _, markdown = report.plateaus(experiment, gathered)
+  assert "| SGD | not run | not run | not run |" in markdown
+  assert "| BNP | 1.0 | ≥ 2.0 | does not train |" in markdown
+
+
+def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatch):
+  records = [
+    {"method": "bnp", "rates": [0.003, 0.03], "rate": 0.03, "validation_accuracy": [0.3, 0.5]},
+    {"method": "bnp", "rate": 0.03, "steps": 9, "train_loss": [1.0], "test_accuracy": [0.5]},
+  ]
+  experiment = dataclasses.replace(
+    EXPERIMENTS["batch-sizes-fc"].at("smoke"), methods=(methods.BNP,), batch_sizes=(1,)
+  )
+  settings = (
+    experiment.rate_settings(methods.BNP, 1),
+    experiment.epoch_settings(methods.BNP, 1, 0.03),
+  )
+  lines = [json.dumps(a | b) for a, b in zip(settings, records, strict=True)]
+  (tmp_path / FILE).write_text("\n".join(lines) + "\n")
+  arguments = "figure batch-sizes-fc --scale smoke --methods bnp sgd --batch-sizes 1 --out"
+  monkeypatch.setattr("sys.argv", ["bnp-optax", *arguments.split(), str(tmp_path)])
+  assert main() == 0
+  assert "Decades" in capsys.readouterr().out
+  assert "| BNP | ≥ 0.0 |" in (tmp_path / "batch-sizes-fc-plateaus.md").read_text()
+
+
+def test_the_page_on_performance_holds_the_tables_of_the_committed_times():
+  results = read_results(RESULTS / "step-time-laptop")
+  measured = [(cell, results.find(**cell.settings)[-1]) for cell in cells("laptop")]
+  page = (ROOT / "docs" / "performance.md").read_text()
+  for _, markdown in times.tables(measured):
+    assert markdown in page, "Run: bnp-optax figure step-time, and copy its tables."
+
+
+def test_a_report_of_nothing_says_so(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr("sys.argv", ["bnp-optax", "report", "nowhere"])
+  assert main() == 0
+  assert "not run" in capsys.readouterr().out
+  assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_figure_of_nothing_is_one_line(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr("sys.argv", ["bnp-optax", "figure", "fig3-left"])
+  assert main() == 2
+  captured = capsys.readouterr()
+  assert captured.err.startswith(
+    "bnp-optax: no results in bnp_optax_results/fig3-left-mnist-laptop"
+  )
+  assert captured.err.count("\n") == 1
+
+
+def test_a_run_that_has_only_begun_hides_no_smaller_one(tmp_path):
+  for scale in ("laptop", "paper"):
+    (tmp_path / f"fig4-left-cifar10-{scale}").mkdir()
+  lines = (RESULTS / "fig4-left-cifar10-laptop" / FILE).read_text()
+  (tmp_path / "fig4-left-cifar10-laptop" / FILE).write_text(lines)
+  (tmp_path / "fig4-left-cifar10-paper" / FILE).write_text(lines.splitlines()[0] + "\n")
+  rows = [row for row in report.claims(tmp_path)[1].splitlines() if row.startswith("| fig4-left")]
+  assert rows
+  assert not [row for row in rows if "not run" in row]
