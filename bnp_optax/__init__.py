@@ -8,7 +8,7 @@ from bnp_optax import conditioning, linen, normalization
 from bnp_optax._layers import Layers
 from bnp_optax._layout import KernelLayout
 from bnp_optax._running import ScaleByBnpState
-from bnp_optax._statistics import LayerStatistics, layer_statistics
+from bnp_optax._statistics import LayerStatistics, layer_statistics, merge_calls
 from bnp_optax._transform import BnpState, bnp, scale_by_bnp
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
   "conditioning",
   "layer_statistics",
   "linen",
+  "merge_calls",
   "nnx",
   "normalization",
   "scale_by_bnp",

@@ -25,7 +25,7 @@ from bnp_optax._statistics import (
   Mask,
   NoStatistics,
   layer_statistics,
-  merge_calls,
+  merge_two_calls,
 )
 
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
@@ -82,6 +82,7 @@ def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -
 
 def statistics_reporter(
   describe: Callable[[Any, Call], str],
+  examples: int | jax.Array | None,
   example_axes: int,
   mask: Mask,
   axis_name: AxisName | None,
@@ -90,31 +91,44 @@ def statistics_reporter(
   """Return the reporter of `LayerStatistics`.
 
   Args:
-    describe: Returns what errors call the layer of a call.
+    describe: Returns the name of the layer of a call in errors.
+    examples: Number of examples of every layer; None to count them along each layer's axes.
     example_axes: Number of leading axes that count examples.
     mask: Nonzero for the leading positions that count; None for all.
     axis_name: Mapped axes that the batch is split over; None if it is whole.
     exact_windows: As in `Reporter`.
   """
   present = None if mask is None else jnp.asarray(mask).astype(bool)
+  counted: dict[int, str] = {}
 
   def record(module: Any, call: Call) -> LayerStatistics | NoStatistics:
-    return _call_statistics(call, describe(module, call), example_axes, present, axis_name)
+    name = describe(module, call)
+    statistics = _call_statistics(call, name, examples, example_axes, present, axis_name)
+    if examples is None and isinstance(statistics, LayerStatistics):
+      counted.setdefault(math.prod(call.example_shape(example_axes)), name)
+      if len(counted) > 1:
+        layers = " and ".join(f"{n} in layer {name}" for n, name in counted.items())
+        raise ValueError(
+          f"The layers disagree about the number of examples: {layers}. Pass the number that the "
+          "loss divides by as sow_statistics(examples=...)."
+        )
+    return statistics
 
-  key = (example_axes, axis_name, exact_windows, _mask_key(present))
-  return Reporter(record, merge_calls, exact_windows, key)
+  key = (_array_key(examples), example_axes, axis_name, exact_windows, _array_key(present))
+  return Reporter(record, merge_two_calls, exact_windows, key)
 
 
-def _mask_key(mask: jax.Array | None) -> Hashable:
-  """Return a hashable cache key for the mask, which is a constant of what is traced under it."""
-  if mask is None:
+def _array_key(x: int | jax.Array | None) -> Hashable:
+  """Return a hashable cache key for an array, which is a constant of what is traced under it."""
+  if x is None:
     return None
-  return object() if isinstance(mask, Tracer) else (mask.shape, np.asarray(mask).tobytes())
+  return object() if isinstance(x, Tracer) else (np.shape(x), np.asarray(x).tobytes())
 
 
 def _call_statistics(
   call: Call,
   name: str,
+  examples: int | jax.Array | None,
   example_axes: int,
   mask: jax.Array | None,
   axis_name: AxisName | None,
@@ -138,11 +152,13 @@ def _call_statistics(
         "be the leading shape of the inputs",
       )
     mask = None
-  examples: int | jax.Array = math.prod(example_shape)
+  if examples is None:
+    examples = math.prod(example_shape)
+    if mask is not None:
+      # An example counts if any of its positions does.
+      counts = jnp.any(mask, tuple(range(len(example_shape), mask.ndim)))
+      examples = examples // counts.size * jnp.sum(counts)
   if mask is not None:
-    # An example counts if any of its positions does.
-    counts = jnp.any(mask, tuple(range(len(example_shape), mask.ndim)))
-    examples = examples // counts.size * jnp.sum(counts)
     mask = jnp.broadcast_to(jnp.expand_dims(mask, range(mask.ndim, len(leading))), leading)
   statistics = layer_statistics(
     inputs,

@@ -7,6 +7,7 @@ saves the transfer of one vector.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -176,7 +177,62 @@ def layer_statistics(
   )
 
 
-def merge_calls(
+def merge_calls(*stats: Any) -> Any:
+  """Merge the statistics of several calls of a model on the same examples.
+
+  Rows add, and the number of examples stays the same. (The statistics of different examples, such
+  as micro-batches, are added with ``jax.tree.map(jnp.add, a, b)`` instead.)
+
+  Examples:
+    >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> model, x = nn.Dense(3), jnp.ones((4, 3))
+    >>> params = model.init(jax.random.key(0), x)
+    >>> def call(x, _=None):
+    ...   with bnp_optax.linen.sow_statistics():
+    ...     y, aux = model.apply(params, x, mutable=["intermediates"])
+    ...   return y, aux["intermediates"]
+    >>> y, first = call(x)
+    >>> _, second = call(y)
+    >>> both = bnp_optax.merge_calls(first, second)["layer_statistics"]
+    >>> print(both.rows, both.examples)
+    8.0 4.0
+
+    The iterations of a loop:
+
+    >>> _, stacked = jax.lax.scan(call, x, length=5)
+    >>> all_calls = bnp_optax.merge_calls(stacked)["layer_statistics"]
+    >>> print(all_calls.rows, all_calls.examples)
+    20.0 4.0
+
+  Args:
+    *stats: Trees of `LayerStatistics` with the same structure, or a single one whose arrays have
+      the calls along a leading axis.
+
+  Returns:
+    A tree of the same structure.
+
+  Raises:
+    ValueError: If nothing is given, or if the trees have different structures.
+  """
+  if not stats:
+    raise ValueError("merge_calls: give the statistics of at least one call.")
+  kinds = (LayerStatistics, NoStatistics)
+  is_leaf = lambda x: isinstance(x, kinds)  # noqa: E731
+  if len(stats) == 1:
+    merge_axis = lambda x: merge_call_axes(x, (0,)) if isinstance(x, LayerStatistics) else x  # noqa: E731
+    return jax.tree.map(merge_axis, stats[0], is_leaf=is_leaf)
+
+  structures = [jax.tree.structure(tree, is_leaf=is_leaf) for tree in stats]
+  if any(structure != structures[0] for structure in structures):
+    raise ValueError(f"merge_calls: the calls have statistics of different layers: {structures}.")
+
+  def merge(*calls: Any) -> Any:
+    return functools.reduce(merge_two_calls, calls) if isinstance(calls[0], kinds) else calls[-1]
+
+  return jax.tree.map(merge, *stats, is_leaf=is_leaf)
+
+
+def merge_two_calls(
   a: LayerStatistics | NoStatistics, b: LayerStatistics | NoStatistics
 ) -> LayerStatistics | NoStatistics:
   """Merge two calls of a layer in one forward pass: rows add, examples are the same."""

@@ -53,6 +53,7 @@ _active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen
 @contextlib.contextmanager
 def sow_statistics(
   *,
+  examples: int | jax.Array | None = None,
   example_axes: int = 1,
   mask: Mask = None,
   axis_name: AxisName | None = None,
@@ -98,6 +99,9 @@ def sow_statistics(
     (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
 
   Args:
+    examples: Number of examples that the loss is a mean over, an integer or an array, the same for
+      every layer; with `axis_name`, the number in one part. None to count the leading axes of each
+      layer's inputs, which must then agree.
     example_axes: Number of leading axes that count examples in the loss: 1 for a mean over
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
@@ -116,7 +120,8 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: While tracing, if a layer's inputs have no rows. Inputs that are complex, or do not
+    ValueError: While tracing, if a layer's inputs have no rows, or if layers disagree about the
+      number of examples. Inputs that are complex, or do not
       fit `mask`, are an error in ``update`` of an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
@@ -125,7 +130,9 @@ def sow_statistics(
     del call
     return show_path(module.path)
 
-  with report_calls(statistics_reporter(describe, example_axes, mask, axis_name, exact_windows)):
+  with report_calls(
+    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows)
+  ):
     yield
 
 

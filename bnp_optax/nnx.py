@@ -62,6 +62,7 @@ _open = 0
 @contextlib.contextmanager
 def sow_statistics(
   *,
+  examples: int | jax.Array | None = None,
   example_axes: int = 1,
   mask: Mask = None,
   axis_name: AxisName | None = None,
@@ -114,6 +115,7 @@ def sow_statistics(
     Array(8., dtype=float32)
 
   Args:
+    examples: As in `bnp_optax.linen.sow_statistics`.
     example_axes: As in `bnp_optax.linen.sow_statistics`.
     mask: As in `bnp_optax.linen.sow_statistics`.
     axis_name: As in `bnp_optax.linen.sow_statistics`.
@@ -124,11 +126,14 @@ def sow_statistics(
 
   Raises:
     ValueError: While tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
-      or if its inputs have no rows. Inputs that are complex, or do not fit `mask`, are an error in
-      ``update`` of an optimizer that needs the layer's statistics.
+      if its inputs have no rows, or if layers disagree about the number of examples. Inputs that
+      are complex, or do not fit `mask`, are an error in ``update`` of an optimizer that needs the
+      layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
-  with report_calls(statistics_reporter(_describe, example_axes, mask, axis_name, exact_windows)):
+  with report_calls(
+    statistics_reporter(_describe, examples, example_axes, mask, axis_name, exact_windows)
+  ):
     yield
 
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from bnp_optax.experiments import data
+from bnp_experiments import data
 from flax import nnx
 import flax.linen as nn
 import jax

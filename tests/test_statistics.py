@@ -98,7 +98,7 @@ def test_a_part_that_is_padding_alone_adds_nothing():
 
 def test_a_layer_called_twice_sees_more_rows_of_the_same_examples():
   h = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), jnp.float32)
-  twice = _statistics.merge_calls(see(h), see(h + 1))
+  twice = _statistics.merge_two_calls(see(h), see(h + 1))
   assert (twice.examples, twice.rows) == (4, 8)
   both = np.concatenate([h, h + 1])
   np.testing.assert_allclose(twice.variance, both.var(0), rtol=1e-5)
