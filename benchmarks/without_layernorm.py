@@ -1,10 +1,10 @@
-"""Why bnp(Adam) falls behind Adam in a transformer without LayerNorm: what does not explain it.
+"""The accuracy of bnp(Adam) in a transformer without LayerNorm, where it falls behind Adam.
 
-The network of `bnp-optax run language-model` without LayerNorm, at batch size 4, two epochs, one
-seed: bnp(Adam) with a shorter and a longer memory and with larger epsilons, against Adam, on
-training sequences that are held out.
-
-python docs/without_layernorm.py    (two minutes)
+Measures: the accuracy of the network of `bnp-optax run language-model` without LayerNorm, at batch
+size 4 on held-out training sequences, after each of two epochs, one seed: Adam, and bnp(Adam) with
+a shorter and a longer memory and with larger epsilons.
+Command: `python benchmarks/without_layernorm.py`, two minutes. Needs `bnp_experiments`.
+Quoted by: docs/experiments.md, "Where a claim does not come out".
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class WithArguments(methods.Method):
-  """bnp(Adam) with other arguments than the paper's."""
+  """bnp(Adam) with arguments that differ from those of the paper."""
 
   arguments: tuple[tuple[str, float], ...] = ()
 
   def make_optimizer(
     self, rate: methods.Rate, layers: bnp_optax.Layers
   ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for a learning rate and the layers of a network."""
+    """Return the optimizer for a learning rate and the layers of a network."""
     return bnp_optax.bnp(self.optimizer(rate), layers=layers, **dict(self.arguments))
 
 
 def main() -> None:
-  """Prints accuracy on held-out sequences after each epoch, in %."""
+  """Print the accuracy on held-out sequences after each epoch, in %."""
   dataset = data.load("pydoc")
   order = np.random.default_rng(SEED).permutation(len(dataset.y_train))
   count = len(order) * 9 // 10
   train, held_out = (
-    jax.device_put((dataset.x_train[rows], dataset.y_train[rows]))
-    for rows in (order[:count], order[count:])
+    jax.device_put((dataset.x_train[indices], dataset.y_train[indices]))
+    for indices in (order[:count], order[count:])
   )
 
   def report(name: str, method: methods.Method, rate: float) -> None:

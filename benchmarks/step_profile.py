@@ -1,6 +1,8 @@
-"""Where the time of a training step goes, kernel by kernel: plain SGD and BNP, FC 3072-100-100-10.
+"""The time of each kernel in a training step of plain SGD and of BNP.
 
-taskset -c 1 python docs/step_profile.py    (half a minute; the profile in performance.md)
+Measures: the kernels of a step, FC 3072-100-100-10, at batch sizes 1, 16 and 60.
+Command: `taskset -c 1 python benchmarks/step_profile.py`, thirty seconds. Needs `bnp_experiments`.
+Quoted by: docs/performance.md, "Where the time goes".
 """
 
 import collections
@@ -21,7 +23,7 @@ BATCHES, SAMPLES, SMALL = (1, 16, 60), 5, 2.0
 
 
 def profile(step: Step) -> dict[str, float]:
-  """Microseconds, the median over steps, of each kernel and of what else the profiler names."""
+  """Return the median time over steps of each event in the profile, in microseconds."""
   step.sample()
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -37,7 +39,7 @@ def profile(step: Step) -> dict[str, float]:
 
 
 def main() -> None:
-  """Prints what takes more than two microseconds, and the sum of the kernels that take less."""
+  """Print the kernels of at least two microseconds, and the sum of the shorter ones."""
   for batch in BATCHES:
     cell = Cell("batch", MLP((100, 100)), (32, 32, 3), batch, (methods.SGD, methods.BNP))
     for method in cell.methods:

@@ -1,10 +1,10 @@
-"""Why the accuracy of Figure 3's BatchNorm network jumps: its running averages are late.
+"""The effect of late running averages on the accuracy of BatchNorm in Figure 3 right.
 
-The network of `bnp-optax run fig3-right`, at batch size 60, tested after each epoch twice: with the
-running averages of BatchNorm (momentum 0.99), and with the averages over 20,000 training images at
-the weights of that moment.
-
-python docs/running_averages.py    (needs CIFAR-10; two minutes)
+Measures: the accuracy of the network of `bnp-optax run fig3-right` at batch size 60 after each
+epoch, with the running averages of BatchNorm (momentum 0.99), and with averages over 20,000
+training images at the current weights.
+Command: `python benchmarks/running_averages.py`, two minutes. Needs `bnp_experiments` and CIFAR-10.
+Quoted by: docs/experiments.md, "Where a claim does not come out".
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ EPOCHS, BATCH_SIZE, AVERAGED_OVER, MOMENTUM = 20, 60, 20_000, 0.99
 
 
 def main() -> None:
-  """Prints accuracy after each epoch, in %."""
+  """Print the accuracy after each epoch, in %."""
   dataset = data.load("cifar10")
   train = jax.device_put((dataset.x_train, dataset.y_train))
   test = jax.device_put((dataset.x_test, dataset.y_test))
@@ -30,7 +30,7 @@ def main() -> None:
   def averages(params: Any, model_state: Any, images: jax.Array) -> Any:
     variables, inputs = {"params": params, **model_state}, training.as_inputs(images)
     _, moved = setup.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    # One update of the running averages, solved for what they were updated with.
+    # Solve one update of the running averages for the averages of these images.
     return jax.tree.map(
       lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), moved, model_state
     )
@@ -38,17 +38,17 @@ def main() -> None:
   for rate in (0.1, 0.5):
     lanes = training.make_lanes([1], [rate])
     state = training.init(setup, lanes, train[0])
-    late, exact = [], []
+    late, current = [], []
     for epoch in range(1, EPOCHS + 1):
       state, _ = training.train_epoch(
         *(setup, state, lanes, epoch, *train), on_steps=lambda steps: None
       )
       params, model_state = jax.tree.map(lambda x: x[0], state[:2])
-      now = averages(params, model_state, train[0][:AVERAGED_OVER])
-      there = state._replace(model_state=jax.tree.map(lambda x: x[None], now))
+      averaged = averages(params, model_state, train[0][:AVERAGED_OVER])
+      with_current = state._replace(model_state=jax.tree.map(lambda x: x[None], averaged))
       late.append(100 * evaluate(setup, state, *test).accuracy[0])
-      exact.append(100 * evaluate(setup, there, *test).accuracy[0])
-    for name, values in (("running averages", late), ("averages of the moment", exact)):
+      current.append(100 * evaluate(setup, with_current, *test).accuracy[0])
+    for name, values in (("running averages", late), ("averages at the current weights", current)):
       print(f"rate {rate:g}, {name}: {' '.join(f'{x:.1f}' for x in values)}")
       print(
         f"  last ten: {np.mean(values[-10:]):.1f} ({min(values[-10:]):.1f}-{max(values[-10:]):.1f})"
