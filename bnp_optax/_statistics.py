@@ -153,7 +153,7 @@ def layer_statistics(
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
   dtype = accumulation_dtype(inputs.dtype)
-  h = jax.lax.stop_gradient(inputs).astype(dtype)
+  h = inputs.astype(dtype)
   leading = tuple(range(h.ndim - 1 - stack))
   weight = rows / max(1, math.prod(h.shape[: len(leading)]))
   counted = jnp.asarray(sum_over_devices(rows), dtype)
