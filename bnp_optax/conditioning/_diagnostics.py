@@ -20,6 +20,8 @@ from bnp_optax.conditioning._prediction import layer_values
 
 _LARGE_EIGENVALUE = 10.0
 _OUTLIER = 1e4
+_LARGE_GUARD = 2.0
+_FREQUENT_GUARD = 0.5
 
 
 @jax.tree_util.register_dataclass
@@ -27,9 +29,11 @@ _OUTLIER = 1e4
 class Diagnostics:
   r"""The condition of each layer at one step. Printed, it is a table.
 
-  Every array is ``[layers]``, float32, in the order of ``names``. A stack of linear maps is
-  represented by the worst one. Below, :math:`\mu, \tilde\sigma` are the preconditioner's mean and
-  deviation, and :math:`\mu_H, \sigma_H^2` are the mean and variance of the batch.
+  Every array is ``[layers]``, float32, in the order of ``names``, or ``[steps, layers]`` if the
+  diagnostics of several steps are stacked; the table is then that of the last step. A stack of
+  linear maps is represented by the worst one. Below, :math:`\mu, \tilde\sigma` are the
+  preconditioner's mean and deviation, and :math:`\mu_H, \sigma_H^2` are the mean and variance of
+  the batch.
 
   Attributes:
     rows: Number of rows of H in the batch; 0 if the layer's statistics are missing.
@@ -50,6 +54,7 @@ class Diagnostics:
       running statistics equal those of the batch. A lag alone makes it :math:`1 + n \delta^2` or up
       to 1 more, where :math:`n` is the number of inputs of one output.
     q2: The paper's :math:`q^2`.
+    guard: Divisor of the layer's step by ``lag_guard``; 1 where it does not act.
     improvement: Factor by which P lowers the condition number of :math:`\hat H^T \hat H`, for
       uncorrelated features. Below 1, BNP raises it.
     names: The layers.
@@ -66,6 +71,7 @@ class Diagnostics:
   variance_ratio: jax.Array
   largest_eigenvalue: jax.Array
   q2: jax.Array
+  guard: jax.Array
   improvement: jax.Array
   names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
@@ -74,13 +80,18 @@ class Diagnostics:
 
     A note reports missing statistics, statistics that are not finite, more than half of the inputs
     dead, an outlier above 1e4, a largest eigenvalue above 10 times 1 + inputs / rows (its value
-    under the sampling noise of a batch's mean), and an improvement below 1.
+    under the sampling noise of a batch's mean), an improvement below 1, and a guard that divides
+    the step by more than 2, or that acts in more than half of several steps.
     """
-    values = {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)[:-1]}
     return [
-      _note(**{name: float(value[i]) for name, value in values.items()})
-      for i in range(len(self.names))
+      _note(guarded=guarded, **{name: float(value[i]) for name, value in self._last().items()})
+      for i, guarded in enumerate(np.mean(np.atleast_2d(self.guard) > 1, axis=0).tolist())
     ]
+
+  def _last(self) -> dict[str, np.ndarray]:
+    """Return the arrays of the last step by their names."""
+    arrays = {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)[:-1]}
+    return {name: np.atleast_2d(array)[-1] for name, array in arrays.items()}
 
   def __str__(self) -> str:
     """Return the table as plain text."""
@@ -91,14 +102,16 @@ class Diagnostics:
       "variance_ratio",
       "largest_eigenvalue",
       "q2",
+      "guard",
       "improvement",
     )
     lines: list[tuple[str, ...]] = [("layer", "rows", "dead", *columns, "")]
+    last = self._last()
     for i, (name, note) in enumerate(zip(self.names, self.notes(), strict=True)):
-      dead = "-" if np.isnan(self.dead[i]) else f"{int(self.dead[i])}/{int(self.features[i])}"
-      values = (float(getattr(self, column)[i]) for column in columns)
-      numbers = ("-" if np.isnan(x) else f"{x:.3g}" for x in values)
-      lines.append((name, f"{float(self.rows[i]):.0f}", dead, *numbers, note))
+      rows, dead, features = (last[x][i] for x in ("rows", "dead", "features"))
+      dead = "-" if np.isnan(dead) else f"{int(dead)}/{int(features)}"
+      numbers = ("-" if np.isnan(x := last[column][i]) else f"{x:.3g}" for column in columns)
+      lines.append((name, f"{rows:.0f}", dead, *numbers, note))
     return plain_table(lines, right=lines[0][1:-1])
 
 
@@ -109,6 +122,7 @@ def diagnose(
   *,
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
+  lag_guard: ArrayLike | None = None,
   layers: Layouts | None = None,
 ) -> Diagnostics:
   r"""Report the condition of each layer, from BNP's state and the statistics of one batch.
@@ -137,6 +151,7 @@ def diagnose(
       an error.
     eps_relative: As given to `bnp_optax.scale_by_bnp`.
     eps_absolute: As given to `bnp_optax.scale_by_bnp`.
+    lag_guard: As given to `bnp_optax.scale_by_bnp`.
     layers: As given to `bnp_optax.scale_by_bnp`.
 
   Returns:
@@ -179,6 +194,7 @@ def diagnose(
       batches.get(layer.path),
       eps_relative,
       eps_absolute,
+      lag_guard,
     )
     for layer in preconditioned
   ]
@@ -235,6 +251,8 @@ def _note(
   lag: float,
   variance_ratio: float,
   largest_eigenvalue: float,
+  guard: float,
+  guarded: float,
   improvement: float,
   **_: float,
 ) -> str:
@@ -253,6 +271,10 @@ def _note(
       notes.append(f"the running mean is {lag:.2g} deviations behind")
     else:
       notes.append(f"a variance is {variance_ratio:.2g} times the preconditioner's")
+  if guard > _LARGE_GUARD:
+    notes.append(f"the guard divides the step by {guard:.2g}")
+  elif _FREQUENT_GUARD < guarded < 1:
+    notes.append(f"the guard acts in {guarded:.0%} of the steps: lower the learning rate")
   if improvement < 1:
     notes.append("BNP raises the condition number")
   return "; ".join(notes)

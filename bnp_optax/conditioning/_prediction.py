@@ -28,6 +28,7 @@ def layer_values(
   batch: LayerStatistics | None,
   eps_1: ArrayLike,
   eps_2: ArrayLike,
+  lag_guard: ArrayLike | None,
 ) -> dict[str, jax.Array]:
   """Return the fields of `Diagnostics` for one layer, a scalar each."""
   layout, bias = layer.layout, layer.bias is not None
@@ -49,6 +50,9 @@ def layer_values(
   p = _preconditioner.make_preconditioner(
     mu, sigma2, window, examples, rows / examples, eps_1, eps_2
   )
+  if lag_guard is not None and bias:
+    c = jnp.asarray(lag_guard, mean.dtype)
+    p = _preconditioner.guard_against_lag(p, mu_H, window, rows, c)
   copies = window // mu.shape[1]
   stack = len(mu)
   mu, sigma, mu_H, sigma2_H = (x.reshape(stack, -1) for x in (p.mu, p.sigma, mu_H, sigma2_H))
@@ -71,6 +75,7 @@ def layer_values(
     "variance_ratio": jnp.max(ratio, axis=-1),
     "largest_eigenvalue": after[0],
     "q2": p.q[:, 0, 0] ** 2,
+    "guard": jnp.ones(stack, mean.dtype) if p.guard is None else p.guard[:, 0, 0],
     "improvement": (before[0] / before[1]) / (after[0] / after[1]),
   }
   values = {k: jnp.where(measured, x, jnp.nan) for k, x in values.items()}
