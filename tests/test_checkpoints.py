@@ -7,7 +7,6 @@ import gc
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -136,12 +135,3 @@ def test_a_checkpoint_restored_without_its_structure(name, problem, keep, checkp
   restored = checkpointer.restore(keep(tx.init(params)))
   with pytest.raises(ValueError, match=r"a state that is a dict.*jax.eval_shape\(tx.init, params"):
     tx.update(grads, restored, params, stats=stats)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32"])
-def test_a_state_that_was_cast(dtype, problem):
-  params, grads, stats = problem
-  tx = bnp_optax.scale_by_bnp()
-  state = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), tx.init(params))
-  with pytest.raises(ValueError, match=rf"Layer first: the state's input_mean is {dtype}"):
-    tx.update(grads, state, stats=stats)

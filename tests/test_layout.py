@@ -165,13 +165,6 @@ def test_layers_survive_inject_hyperparams(everything):
   assert state.inner_state.input_mean["conv"]["kernel"].shape == (4,)
 
 
-def test_layers_of_another_model(everything):
-  with pytest.raises(ValueError, match="None of the kernels in layers= is in the parameters"):
-    bnp_optax.scale_by_bnp(layers=everything).init({"params": {"kernel": jnp.ones((3, 2))}})
-  with pytest.raises(ValueError, match="Layer conv: layers= has a layout of 3 axes"):
-    bnp_optax.scale_by_bnp(layers=everything).init({"conv": {"kernel": jnp.ones((3, 2))}})
-
-
 def test_hundreds_of_layers():
   class Deep(nn.Module):
     @nn.compact
