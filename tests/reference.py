@@ -35,20 +35,21 @@ def _recorder(model):
   return forward
 
 
+def squared_error(outputs, y):
+  """Return the loss of `tests.problems`."""
+  return jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1))
+
+
 @functools.cache
-def _gradient(model):
-  def loss(params, batch):
-    x, y = batch
-    outputs = model.apply({"params": params}, x)
-    return jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1))
-
-  return jax.jit(jax.grad(loss))
+def _gradient(model, loss):
+  return jax.jit(jax.grad(lambda params, x, y: loss(model.apply({"params": params}, x), y)))
 
 
-def gradients(model, params, batch):
-  """Return the gradients of the loss of `tests.problems`, and the calls `{layer: (h, outputs)}`."""
+def gradients(model, params, batch, loss=squared_error):
+  """Return the gradients of the loss, and the calls of the layers, `{layer: (h, outputs)}`."""
   to_numpy = functools.partial(jax.tree.map, np.asarray)
-  return to_numpy(_gradient(model)(params, batch)), to_numpy(_recorder(model)(params, batch[0]))
+  grads, calls = _gradient(model, loss)(params, *batch), _recorder(model)(params, batch[0])
+  return to_numpy(grads), to_numpy(calls)
 
 
 def bnp(inner=None, **hyperparameters):
@@ -91,12 +92,12 @@ def bnp(inner=None, **hyperparameters):
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def train(tx, model, params, batches):
+def train(tx, model, params, batches, loss=squared_error):
   """Take one step on each batch; return the parameters and the state."""
   params = jax.tree.map(np.asarray, params)
   state = tx.init(params)
   for batch in batches:
-    grads, calls = gradients(model, params, batch)
+    grads, calls = gradients(model, params, batch, loss)
     updates, state = tx.update(grads, state, params, calls=calls)
     params = jax.tree.map(np.asarray, optax.apply_updates(params, updates))
   return params, state

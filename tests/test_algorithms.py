@@ -61,7 +61,7 @@ def problems(draw, mean):
 
 
 def run(problem, dtype, steps=STEPS):
-  """Yields gradients, updates, state, and the oracle's updates and statistics at each step."""
+  """Yield gradients, updates, state, and the oracle's updates and statistics at each step."""
   layer, shape, decay = (
     problem["layer"].clone(param_dtype=dtype),
     problem["shape"],
@@ -107,7 +107,7 @@ def relative_error(updates, expected):
   actual = [np.ravel(updates["kernel"])] + ([] if b is None else [np.ravel(updates["bias"])])
   expected = np.concatenate([np.ravel(w)] + ([] if b is None else [np.ravel(b)]))
   error = np.linalg.norm(np.concatenate(actual) - expected)
-  # Where padding is all that a kernel sees, its gradient is 0, and must stay exactly 0.
+  # A kernel whose inputs are all padding has a gradient of 0, which must stay exactly 0.
   return error / np.linalg.norm(expected) if error else 0.0
 
 

@@ -1,9 +1,10 @@
-"""What goes wrong in training, and what becomes of it; docs/faults.md is the table.
+"""Faults in training and their consequences; docs/faults.md is the table.
 
-Nothing here loses what was learned: running statistics stay finite and go on from where they were.
+In every case running statistics stay finite and continue from their last finite values.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -19,6 +20,7 @@ import bnp_optax
 from bnp_optax.linen import sow_statistics
 from tests import problems
 
+ROOT = pathlib.Path(__file__).parents[1]
 MODEL = problems.MLP()
 
 
@@ -32,7 +34,7 @@ jitted_update = jax.jit(TX.update)
 
 
 def update(params, batch, state):
-  """One step of plain BNP: updates and state."""
+  """Return the updates and the state of one step of plain BNP."""
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
   return jitted_update(grads, state, stats=stats)
 
@@ -43,7 +45,7 @@ def statistics(state):
 
 @pytest.fixture(scope="module")
 def healthy(problem):
-  """The state after one good step."""
+  """Return the state after one good step."""
   params, batch = problem
   return update(params, batch, TX.init(params))[1]
 
@@ -52,12 +54,12 @@ def healthy(problem):
 
 
 def test_nan_in_one_layer_for_ever(problem, healthy):
-  """The other layer goes on as if nothing were wrong, and the bad one as it was."""
+  """The other layer's steps do not change; the bad one keeps its statistics."""
   params, batch = problem
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
-  seen = stats["second"]["layer_statistics"]
-  sums = {name: jnp.nan * getattr(seen, name) for name in ("total", "within", "between")}
-  nan = {"layer_statistics": dataclasses.replace(seen, **sums)}
+  second = stats["second"]["layer_statistics"]
+  sums = {name: jnp.nan * getattr(second, name) for name in ("total", "within", "between")}
+  nan = {"layer_statistics": dataclasses.replace(second, **sums)}
   good = bad = healthy
   for _ in range(20):
     expected, good = jitted_update(grads, good, stats=stats)
@@ -87,17 +89,17 @@ def test_all_layers_for_a_while(problem, healthy, bad):
 
 
 def test_finite_gradients_while_statistics_are_not(problem, healthy):
-  """The step is the one of the statistics so far: as if the batch had shown just those."""
+  """The step is that of a batch whose statistics equal the running ones."""
   params, batch = problem
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
   overflow, as_before = {}, {}
   for name, module in stats.items():
-    seen = module["layer_statistics"]
-    huge = seen.within.at[0].set(jnp.inf)
-    overflow[name] = {"layer_statistics": dataclasses.replace(seen, within=huge)}
+    batch_statistics = module["layer_statistics"]
+    huge = batch_statistics.within.at[0].set(jnp.inf)
+    overflow[name] = {"layer_statistics": dataclasses.replace(batch_statistics, within=huge)}
     mean, variance = (tree[name]["kernel"] for tree in statistics(healthy))
     sums = {"total": 8 * mean, "within": 8 * variance, "between": 8 * mean**2}
-    as_before[name] = {"layer_statistics": dataclasses.replace(seen, **sums)}
+    as_before[name] = {"layer_statistics": dataclasses.replace(batch_statistics, **sums)}
   updates, state = jitted_update(grads, healthy, stats=overflow)
   expected, _ = jitted_update(grads, healthy, stats=as_before)
   chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
@@ -109,7 +111,7 @@ def test_finite_gradients_while_statistics_are_not(problem, healthy):
 
 
 def test_a_batch_of_padding_alone(problem, healthy):
-  """No rows: nothing is learned about the inputs, and it is counted."""
+  """The statistics do not change, and the batch is counted."""
   params, (x, _) = problem
 
   @jax.jit
@@ -201,9 +203,11 @@ def test_without_memory_the_statistics_are_those_of_the_batch():
   tx = bnp_optax.scale_by_bnp(0.0)
   _, state = jax.jit(tx.update)(params, tx.init(params), stats=stats)
   for name in params:
-    seen = stats[name]["layer_statistics"]
-    np.testing.assert_allclose(state.input_mean[name]["kernel"], seen.mean, rtol=2e-7)
-    np.testing.assert_allclose(state.input_variance[name]["kernel"], seen.variance, rtol=2e-7)
+    batch_statistics = stats[name]["layer_statistics"]
+    np.testing.assert_allclose(state.input_mean[name]["kernel"], batch_statistics.mean, rtol=2e-7)
+    np.testing.assert_allclose(
+      state.input_variance[name]["kernel"], batch_statistics.variance, rtol=2e-7
+    )
 
 
 def test_no_epsilon_and_no_variance(problem):
@@ -298,7 +302,7 @@ def test_float16_updates_that_overflow():
 
 
 def drift(steps):
-  """How far running statistics of bfloat16 activations are from exact ones.
+  """Return the errors of running statistics of bfloat16 activations.
 
   Returns:
     The errors of the mean (in deviations) and of the variance (relative), and those of running
@@ -337,15 +341,16 @@ def drift(steps):
     )
 
 
-@pytest.mark.slow
 def test_running_statistics_after_100_000_bfloat16_steps():
   """The numbers are those of docs/faults.md."""
-  mean, variance, coarse_mean, coarse_variance = drift(100_000)
-  print(f"{mean:.1e} {variance:.1e} {coarse_mean:.1e} {coarse_variance:.1e}")
-  assert mean < 1e-4
-  assert variance < 1e-5
-  assert coarse_mean > 0.1
-  assert coarse_variance > 1e-3
+  page = " ".join((ROOT / "docs" / "faults.md").read_text().split())
+  assert "off by 1.1e-5 deviations and the running variance by 4.4e-7 of itself" in page
+  assert "after 1,000 steps (1.8e-5 and 4.9e-7)" in page
+  assert "they would be off by 21 deviations and 1.1 %" in page
+  # Other versions of XLA may sum in another order.
+  about = functools.partial(pytest.approx, rel=0.2)
+  assert drift(100_000) == (about(1.1e-5), about(4.4e-7), about(21), about(0.011))
+  assert drift(1_000)[:2] == (about(1.8e-5), about(4.9e-7))
 
 
 # Debugging, donation, interruption.
@@ -381,7 +386,7 @@ def test_donated_buffers(problem):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_in_the_forward_pass(problem, error):
-  """The context is left whatever happens in it."""
+  """An exception closes the context."""
   params, (x, _) = problem
 
   def interrupted():
@@ -396,9 +401,8 @@ def test_interrupted_in_the_forward_pass(problem, error):
 
 
 def test_the_table_names_tests_that_exist():
-  root = pathlib.Path(__file__).parents[1]
-  table = (root / "docs" / "faults.md").read_text()
+  table = (ROOT / "docs" / "faults.md").read_text()
   named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
   assert len(named) >= 25
   for path, name in named:
-    assert f"def {name}(" in (root / path).read_text(), f"{path}::{name}"
+    assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"

@@ -24,7 +24,7 @@ KERNEL = {"param_dtype": jnp.float64}
 
 
 def case(fn):
-  """Registers `fn(draw) -> model, input shape, entries(params, x)`."""
+  """Register `fn(draw) -> model, input shape, entries(params, x)`."""
   CASES[fn.__name__] = fn
   return fn
 
@@ -243,7 +243,7 @@ def recorder(model):
 
 
 def record(model, params, *args, **kwargs):
-  """What a model gives, and what each layer in it is given: `{path: [inputs of a call]}`."""
+  """Return the outputs, and the inputs of each layer: `{path: [inputs of a call]}`."""
   return jax.tree.map(np.asarray, recorder(model)(params, args, kwargs))
 
 
@@ -407,7 +407,7 @@ class Normalized(nn.Module):
 
 @case
 def normalized_weights(draw):
-  """The parameter is preconditioned by the inputs of the layer, whatever scales its kernel."""
+  """The parameter is preconditioned by the inputs of the layer, not by its scaled kernel."""
   model = Normalized(nn.WeightNorm)
 
   def entries(params, x):
@@ -503,7 +503,7 @@ def stepper(model, tx, collection, **kwargs):
 
 
 def test_decoding():
-  """Each step of decode mode sees what causal attention sees at that position."""
+  """Each step of decode mode has the inputs of causal attention at that position."""
   model = nn.MultiHeadDotProductAttention(2, qkv_features=4, decode=True, **KERNEL)
   x = np.random.default_rng(0).normal(2, 1.5, (N, 4, 3))
   variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -558,9 +558,9 @@ def test_spectral_norm():
     entries = [Entry(("first",), x, 4), Entry(("second",), hidden, 4, window=1)]
     grads, statistics, updates, state = step(params, statistics, state, x)
     for i, (name, (_, u, sigma)) in enumerate((("first", first), ("second", second))):
-      seen = statistics[f"SpectralNorm_{i}"]
-      np.testing.assert_allclose(seen[f"{name}/kernel/u"], u, rtol=1e-12)
-      np.testing.assert_allclose(seen[f"{name}/kernel/sigma"], sigma, rtol=1e-12)
+      actual = statistics[f"SpectralNorm_{i}"]
+      np.testing.assert_allclose(actual[f"{name}/kernel/u"], u, rtol=1e-12)
+      np.testing.assert_allclose(actual[f"{name}/kernel/sigma"], sigma, rtol=1e-12)
     expected = unrolled.step(entries, jax.tree.map(np.asarray, grads), running)
     assert set(expected) == set(layers)
     assert unrolled.relative_error(updates, expected) <= 1e-12

@@ -195,14 +195,14 @@ def test_proposition_10(seed, half, size):
     params = jax.tree.map(lambda p: np.ones(p.shape), params)
 
     @functools.partial(jax.jit, static_argnames="exact")
-    def see(params, x, exact):
+    def statistics(params, x, exact):
       with bnp_optax.linen.sow_statistics(exact_windows=exact):
         _, aux = model.apply(params, x, mutable=["intermediates"])
-      seen = aux["intermediates"]["layer_statistics"]
-      return seen.mean, seen.variance
+      found = aux["intermediates"]["layer_statistics"]
+      return found.mean, found.variance
 
     for exact in (False, True):
-      stats[exact] = jax.tree.map(np.asarray, see(params, x, exact=exact))
+      stats[exact] = jax.tree.map(np.asarray, statistics(params, x, exact=exact))
   mean, variance = (s.reshape(k * k, 3) for s in stats[True])
   rows = unrolled.windows(x, (k, k), (1, 1), (1, 1), [(half, half)] * 2).reshape(k * k, -1, 3)
   np.testing.assert_allclose(mean, rows.mean(1), rtol=1e-12, atol=1e-13)

@@ -1,4 +1,4 @@
-"""Every statement of the paper, run. docs/theory.md says which hold, and under what conditions."""
+"""Every statement of the paper as a test. docs/theory.md lists their conditions."""
 
 import itertools
 
@@ -414,7 +414,7 @@ def test_proposition_10_is_sharp():
 
 @given(seed=seeds, m=st.integers(1, 12), n=st.integers(1, 8), rank=st.integers(1, 8))
 def test_proposition_11(seed, m, n, rank):
-  """kappa(H^T S H) <= kappa(H)^2 kappa(S) for positive definite S, whatever the rank of H."""
+  """kappa(H^T S H) <= kappa(H)^2 kappa(S) for positive definite S, for H of any rank."""
   rng = np.random.default_rng(seed)
   rank = min(rank, m, n)
   H = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))
