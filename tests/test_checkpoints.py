@@ -71,7 +71,7 @@ def test_a_state_comes_back_bitwise(name, problem, keep, checkpointer):
 
 
 def sharded(state, devices):
-  """A state whose statistics of eight features are split over devices, and the rest repeated."""
+  """Return shardings that split the statistics of eight features and replicate the rest."""
   mesh = make_mesh((devices,), ("data",))
   spec = lambda x: P("data") if x.shape[:1] == (8,) else P()
   return jax.tree.map(lambda x: jax.NamedSharding(mesh, spec(x)), state)
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_optimizer(problem, keep, checkpointer):
 
 
 def test_a_checkpoint_of_an_older_version(problem, keep, checkpointer):
-  """One in which a field of the state was missing, as `nonfinite_count` once was."""
+  """A field of the state is missing, as `nonfinite_count` was in an older version."""
   tx, params = bnp_optax.scale_by_bnp(), problem[0]
   older = tx.init(params)._asdict()
   del older["nonfinite_count"]

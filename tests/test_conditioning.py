@@ -114,7 +114,7 @@ def test_estimate_is_exact_for_a_singular_matrix():
 
 
 class Scanned(nn.Module):
-  """A layer called by a scan over time, with the same kernel, and one with a kernel a step."""
+  """A layer called by a scan over time, with one kernel for all steps or one for each."""
 
   shared: bool
 
@@ -386,7 +386,7 @@ def test_a_large_feature_is_found():
 
 
 def test_a_lagging_mean_is_found():
-  """And its eigenvalue predicted: 1 + n delta^2, or up to 1 more."""
+  """Its eigenvalue is predicted: 1 + n delta^2, or up to 1 more."""
   inputs = normal(N, 5, mean=8.0)
   diagnostics, params, state, _ = run(inputs, steps=60)
   note = diagnostics.notes()[0]
@@ -441,7 +441,7 @@ def test_predictions_are_exact_for_uncorrelated_features(bias):
   assert diagnostics.dead == 2
 
 
-def test_diagnose_is_traced_once_with_the_training_step():
+def test_diagnose_within_the_training_step():
   """Under jit and scan, and for a convolution with several window entries."""
   layer, x = nn.Conv(2, (3,), feature_group_count=2, **F64), normal(4, 6, 4, mean=2.0)
   params = random_params(layer, x)

@@ -31,19 +31,19 @@ local_loss_fn = functools.partial(distributed_worker.loss_fn, axis_name="data")
 
 
 def global_loss_fn(params, batch):
-  """Under shard_map, the gradient of the mean over devices is the mean of their gradients."""
+  """Return the mean loss over devices, whose gradient under shard_map is the mean gradient."""
   loss, stats = local_loss_fn(params, batch)
   return lax.pmean(loss, "data"), stats
 
 
 def summed_loss_fn(params, batch):
-  """The same, with each device's own statistics, which are sums."""
+  """Return the mean loss, and the sum of the statistics of each device."""
   loss, stats = distributed_worker.loss_fn(params, batch)
   return lax.pmean(loss, "data"), lax.psum(stats, "data")
 
 
 def masked_loss_fn(params, batch):
-  """The same, with the statistics of the images that have a label."""
+  """Return the mean loss, and the statistics of the images that have a label."""
   loss, stats = local_loss_fn(params, batch, mask=batch[1] >= 0)
   return lax.pmean(loss, "data"), stats
 
@@ -100,14 +100,14 @@ def alone(dtype):
 
 
 def distance(tree, other):
-  """The distance of two trees in the 2-norm, over the norm of the second."""
+  """Return the distance of two trees in the 2-norm, over the norm of the second."""
   chex.assert_trees_all_equal_shapes_and_dtypes(tree, other)
   flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype("float64")
   return np.linalg.norm(flat(tree) - flat(other)) / np.linalg.norm(flat(other))
 
 
 def test_one_device_takes_the_steps_of_the_paper():
-  """Those that the others are compared with."""
+  """The other tests compare many devices with these steps."""
 
   def cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -174,7 +174,7 @@ def test_many_processes_come_to_the_same_parameters(processes, tmp_path):
 
 
 def statistics_on_devices(loss_fn, params, batch, devices=8):
-  """The statistics under shard_map, which finds them to be the same on every device."""
+  """Return the statistics under shard_map, which checks that all devices have the same."""
   run = jax.shard_map(
     lambda params, batch: loss_fn(params, batch)[1],
     mesh=make_mesh((devices,), ("data",)),
@@ -186,7 +186,7 @@ def statistics_on_devices(loss_fn, params, batch, devices=8):
 
 @pytest.mark.parametrize("loss_fn", [global_loss_fn, summed_loss_fn])
 def test_statistics_over_devices_are_those_of_the_whole_batch(loss_fn):
-  """Of all examples, above all: q divides by N."""
+  """The number of examples is that of the whole batch, too: q depends on it."""
   with jax.enable_x64(True):
     params, _ = distributed_worker.start(bnp(), "float64")
     images, labels = make_batches(1, "float64")
@@ -358,7 +358,7 @@ class Boxed(nn.Module):
   "make", [bnp_optax.scale_by_bnp, lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9))]
 )
 def test_parameters_with_partitioning_metadata(make):
-  """The state's vectors have no such metadata, and the steps are those without it."""
+  """The vectors of the state have no such metadata, and the steps do not depend on it."""
   mesh, model, tx = make_mesh((2, 4), ("data", "model")), Boxed(), make()
   x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
 

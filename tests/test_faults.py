@@ -74,7 +74,7 @@ def test_nan_in_one_layer_for_ever(problem, healthy):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_all_layers_for_a_while(problem, healthy, bad):
-  """Once the inputs, or the parameters, are good again, the run is where it was."""
+  """Once the inputs, or the parameters, are finite again, the run continues bitwise."""
   params, (x, y) = problem
   state = healthy
   poisoned = jax.tree.map(lambda p: p * np.float32(bad), params)
@@ -133,7 +133,7 @@ def test_a_batch_of_padding_alone(problem, healthy):
 
 
 def test_the_last_smaller_batch(problem):
-  """It is compiled once more, in the first epoch, and never again."""
+  """The step is compiled once more, in the first epoch alone."""
   params, (x, y) = problem
   tx = bnp_optax.scale_by_bnp()
   grad_fn = jax.value_and_grad(problems.loss_fn(MODEL), has_aux=True)
@@ -167,7 +167,7 @@ def test_inputs_of_any_scale(problem, scale):
 
 
 def test_inputs_whose_square_overflows(problem, healthy):
-  """They are left out; gradients and loss are as they are without BNP."""
+  """Their statistics are left out and counted."""
   params, (x, y) = problem
   state = healthy
   for _ in range(3):
@@ -179,7 +179,7 @@ def test_inputs_whose_square_overflows(problem, healthy):
 
 @pytest.mark.parametrize(("ratio", "error"), [(1e3, 1e-5), (1e4, 1e-4), (1e5, 1e-2), (1e9, 1.0)])
 def test_a_mean_of_many_deviations(ratio, error):
-  """float32 numbers of mean 1e9 and deviation 1 hold no variance; all stays finite."""
+  """float32 numbers of mean 1e9 and deviation 1 have no variance; the step stays finite."""
   model = nn.Dense(3)
   params, (x, y) = problems.make(model, (64, 4))
   x = np.float32(ratio) + np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
@@ -211,7 +211,7 @@ def test_without_memory_the_statistics_are_those_of_the_batch():
 
 
 def test_no_epsilon_and_no_variance(problem):
-  """The paper's formula then divides by zero, and so does this; the state stays clean."""
+  """The paper's formula divides by zero, and so does this; the state stays finite."""
   params, (x, y) = problem
   grads, stats = problems.grads_and_stats(MODEL, params, (x.at[...].set(1.0), y))
   tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0)
@@ -240,7 +240,7 @@ class HalfPrecision(nn.Module):
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2e-2), ("float16", 2e-3)])
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_half_precision_and_loss_scaling(problem, dtype, error, scale):
-  """Scaled and unscaled around the gradient, the loss leaves the statistics alone."""
+  """Scaling the loss and unscaling the gradient does not change the statistics."""
   params, batch = problem
   expected, expected_state = update(params, batch, TX.init(params))
 
@@ -373,7 +373,7 @@ def test_debug_nans(problem):
 
 
 def test_donated_buffers(problem):
-  """No two leaves of a state share a buffer, so it can be given away."""
+  """No two leaves of a state share a buffer, so it can be donated."""
   params, batch = problem
   tx = bnp_optax.scale_by_bnp()
   grads, stats = problems.grads_and_stats(MODEL, params, batch)

@@ -110,7 +110,7 @@ def random_blocks(seed):
 
 @functools.cache
 def make(seed, dtype):
-  """A network's shapes of parameters, and its program for one step."""
+  """Return the blocks, the shapes of the parameters, `init` and the program of one step."""
   model = Network(random_blocks(seed), dtype)
   example = jnp.zeros((EXAMPLES, SIZE, SIZE, CHANNELS), dtype)
   layers = bnp_optax.linen.layers(model, example, strict=True)
@@ -144,7 +144,7 @@ def inputs_of_layers(intermediates):
 
 
 def make_entries(blocks, inputs, valid):
-  """The linear maps of a network, for the examples that count."""
+  """Return the linear maps of a network, for the examples that count."""
   entries = []
   for i, block in enumerate(blocks):
     name = f"layer_{i}"
@@ -212,7 +212,7 @@ def check(case):
     fault = case["fault"] if number == case["fault_at"] else None
     if fault:
       x = put_fault(fault, x, rng)
-    # A fault ends the comparison, but not if it is one that the arithmetic takes.
+    # A fault ends the comparison unless it is harmless.
     agrees &= fault in (None, *HARMLESS)
     y = rng.normal(size=(EXAMPLES, 2)).astype(case["dtype"])
     mask = np.arange(EXAMPLES) < valid
@@ -244,7 +244,7 @@ def check(case):
 
 
 def rounding(entries, grads, statistics, hyperparameters, dtype):
-  """A bound on the rounding of a step, for each of its numbers.
+  """Return a bound on the rounding of each number of a step.
 
   It is the step again with every term positive, so that nothing cancels; the error of a mean
   is proportional to the size of the inputs.

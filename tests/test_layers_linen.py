@@ -51,7 +51,7 @@ def dense_general(draw):
 
 @case
 def dense_general_over_other_axes(draw):
-  """The first axis after the examples is the input's."""
+  """The input axis is the first after the examples."""
   n, rest, m = sizes(draw, 3)
   model = nn.DenseGeneral(m, axis=1, use_bias=draw(st.booleans()), **KERNEL)
   return model, (N, n, rest), lambda _, x: [Entry((), x.swapaxes(1, 2), rest)]
@@ -182,7 +182,7 @@ def conv_transpose(draw):
 
 @case
 def conv_local(draw):
-  """Every output position has a kernel of its own, its features (channel, window)."""
+  """Every output position has a kernel, with features in the order (channel, window)."""
   dims, n, m = draw(st.integers(1, 2)), *sizes(draw, 2)
   kernel, strides, dilation, padding, space = geometry(draw, dims)
   model = nn.ConvLocal(
@@ -308,7 +308,7 @@ def recurrent_cells(draw):
 
 
 class Block(nn.Module):
-  """A residual block whose two kernels lie differently."""
+  """A residual block whose two kernels have different layouts."""
 
   @nn.compact
   def __call__(self, x, _):
@@ -482,7 +482,7 @@ def test_equals_the_paper_on_unrolled_inputs(kind, data):
 
 
 def stepper(model, tx, collection, **kwargs):
-  """A step that also returns the gradients and the new variables of a collection."""
+  """Return a step that also returns the gradients and the new variables of a collection."""
 
   @jax.jit
   def step(params, variables, state, x):
@@ -526,7 +526,7 @@ def test_decoding():
 
 
 def power_iteration(kernel, u):
-  """Spectral normalization by hand: the kernel over its largest singular value; `u` and that."""
+  """Return the kernel over its largest singular value, the new `u`, and that value."""
   matrix = kernel.reshape(-1, kernel.shape[-1])
   normalize = lambda x: x / np.sqrt(np.sum(x**2) + 1e-12)
   v = normalize(u @ matrix.T)

@@ -21,7 +21,7 @@ from tests import unrolled
 
 @st.composite
 def layouts(draw):
-  """Any assignment of up to five axes, in any order, and a shape that fits."""
+  """Return any assignment of up to five axes, in any order, and a shape that fits."""
   kinds = draw(st.lists(st.sampled_from(["stack", "window", "feature", "output"]), max_size=5))
   groups = draw(st.integers(1, 3))
   shape = draw(st.lists(st.integers(1, 3), min_size=len(kinds), max_size=len(kinds)))
@@ -99,7 +99,7 @@ def test_stack_axes(shape, inner, outer, expected):
 
 
 class Everything(nn.Module):
-  """Linear maps, what is none, and a kernel of the user's own."""
+  """Linear layers, other parameters, and a kernel of a custom module."""
 
   @nn.compact
   def __call__(self, tokens):

@@ -52,7 +52,7 @@ def uniform(*shape, seed=0, dtype=jnp.float32):
 
 
 class Sower(nn.Module):
-  """A network that sows values of its own."""
+  """A network that sows values itself."""
 
   @nn.compact
   def __call__(self, x):
@@ -471,7 +471,7 @@ def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch(model, shape
 @pytest.mark.parametrize("example_axes", [1, 2])
 @pytest.mark.parametrize("mask_axes", [1, 2])
 def test_padding_along_a_mapped_axis(example_axes, mask_axes):
-  """Some have no padding, one has nothing else."""
+  """Some parts have no padding, one is all padding."""
   mask = np.arange(40).reshape(8, 5) % 7 < 5
   mask[2:4] = False
   mask = mask if mask_axes == 2 else mask[:, 0]
@@ -593,7 +593,7 @@ def test_context_around_a_function_that_is_traced_already():
 
 
 class Custom(nn.Module):
-  """A linear layer of the user's own."""
+  """A module with its own linear kernel."""
 
   @nn.compact
   def __call__(self, x):

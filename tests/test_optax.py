@@ -253,7 +253,7 @@ def test_without_a_guard_nan_gradients_pass_but_the_statistics_survive(problem):
 
 
 def test_lookahead_is_refused(problem):
-  """It calls its optimizer without extra arguments. Inside the step, they can be bound before."""
+  """It calls its optimizer without extra arguments, but inside a step they can be bound."""
   params, batch, grads, stats = problem
   tx = optax.with_extra_args_support(optax.lookahead(sgd_on_bnp(), 5, 0.5))
   both = optax.LookaheadParams.init_synced(params)

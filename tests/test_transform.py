@@ -25,7 +25,7 @@ def raises(match, fn, *args, **kwargs):
     jax.eval_shape(lambda: fn(*args, **kwargs))
 
 
-def test_the_second_call_traces_nothing(mlp):
+def test_the_second_call_traces_nothing():
   params, (x, y) = problems.make(problems.CNN(), (2, 8, 8, 3))
   tx = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.01))
   grad_fn = jax.value_and_grad(problems.loss_fn(problems.CNN()), has_aux=True)
