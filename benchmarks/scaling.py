@@ -22,7 +22,7 @@ import bnp_optax
 
 # The tests read the collectives from compiled programs; they are not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from tests.test_distributed import wire
+from tests.test_distributed import communication
 
 P = jax.sharding.PartitionSpec
 BATCH_SIZE, DEVICES = 256, (1, 2, 4, 8)
@@ -50,7 +50,8 @@ def compiled_step(
 def carried_bytes(compiled: jax.stages.Compiled) -> int:
   """Return the bytes that the collectives of a compiled program carry."""
   return sum(
-    int(np.prod(shape, dtype=int)) * int(dtype.strip("fsu")) // 8 for dtype, shape in wire(compiled)
+    int(np.prod(shape, dtype=int)) * int(dtype.strip("fsu")) // 8
+    for dtype, shape in communication(compiled)
   )
 
 

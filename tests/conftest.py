@@ -10,7 +10,7 @@ from tests import compiling
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}"
 
-# Most tests compile much and compute little; those of exactness ask for compiling.AS_USERS_DO.
+# Most tests compile much and compute little; those of exactness use compiling.AS_USERS_DO.
 jax.config.update("jax_disable_most_optimizations", True)
 
 # The budget of a test run. By hand: pytest --hypothesis-profile=thorough --hypothesis-seed=0
@@ -27,20 +27,20 @@ hypothesis.settings.load_profile("default")
 
 @pytest.fixture(autouse=True, scope="module")
 def strict_promotion():
-  """No dtype and no rank is promoted unseen, in tests; examples in docstrings run as users do."""
+  """Make every promotion of a dtype or a rank an error in tests, but not in docstring examples."""
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     yield
 
 
 @pytest.fixture(scope="module")
 def standard_promotion():
-  """For tests of Optax's own optimizers: Adam's bias correction promotes int32 to float."""
+  """Allow promotion for Optax's own optimizers: Adam's bias correction promotes int32 to float."""
   with jax.numpy_dtype_promotion("standard"):
     yield
 
 
 @pytest.fixture(scope="module")
 def x64():
-  """Runs the tests of a module in double precision."""
+  """Run the tests of a module in double precision."""
   with jax.enable_x64(True):
     yield

@@ -1,4 +1,4 @@
-"""A small training run that one device, many devices or many processes can do.
+"""A small training run for one device, many devices or many processes.
 
 python -m tests.distributed_worker FOLDER PORT PROCESSES PROCESS
 
@@ -6,6 +6,7 @@ is one process of many: it takes the state from the checkpoint `start` in the fo
 share of the batches in `batches.npz`, and keeps the state as the checkpoint `end`.
 """
 
+import functools
 import os
 import pathlib
 import socket
@@ -44,7 +45,7 @@ def bnp():
 
 
 def loss_fn(params, batch, **context):
-  """The mean cross entropy of a batch, with the statistics."""
+  """Return the mean cross entropy of a batch, and the statistics."""
   x, y = batch
   with bnp_optax.linen.sow_statistics(**context):
     logits, aux = CNN(x.dtype.name).apply({"params": params}, x, mutable=["intermediates"])
@@ -53,7 +54,7 @@ def loss_fn(params, batch, **context):
 
 
 def step(tx, params, state, batch, loss_fn=loss_fn, average=lambda grads: grads):
-  """One training step; `average` may take the mean over devices."""
+  """Take one training step; `average` may take the mean over devices."""
   (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
   grads = average(grads)
   updates, state = tx.update(grads, state, params, stats=stats)
@@ -61,30 +62,30 @@ def step(tx, params, state, batch, loss_fn=loss_fn, average=lambda grads: grads)
 
 
 def start(tx, dtype):
-  """Parameters and state before the first step."""
+  """Return parameters and state before the first step."""
   params = jax.jit(CNN(dtype).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1), dtype))["params"]
   return params, tx.init(params)
 
 
 def make_batches(count, dtype):
-  """The first batches of scikit-learn's digits, `[count, BATCH_SIZE, ...]`, over and over."""
+  """Return the first batches of scikit-learn's digits, `[count, BATCH_SIZE, ...]`, repeated."""
   from sklearn.datasets import load_digits
 
   pixels, labels = load_digits(return_X_y=True)
-  rows = np.arange(count * BATCH_SIZE).reshape(count, -1) % len(labels)
+  indices = np.arange(count * BATCH_SIZE).reshape(count, -1) % len(labels)
   images = (pixels / 16).astype(dtype).reshape(-1, 8, 8, 1)
-  return images[rows], labels[rows].astype(np.int32)
+  return images[indices], labels[indices].astype(np.int32)
 
 
 def make_mesh(shape, axes):
-  """A mesh of the first devices, on which XLA chooses what is not said."""
+  """Return a mesh of the first devices, on which XLA chooses unspecified shardings."""
   size = int(np.prod(shape))
   auto = (jax.sharding.AxisType.Auto,) * len(axes)
   return jax.make_mesh(shape, axes, axis_types=auto, devices=jax.devices()[:size])
 
 
 def run_processes(count, folder):
-  """Runs this file in many processes at once, and raises if one of them fails."""
+  """Run this file in many processes at once, and raise if one of them fails."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = str(free.getsockname()[1])
@@ -121,7 +122,7 @@ def main(folder, port, processes, process):
   target = jax.tree.map(lambda x: x.update(sharding=replicated), abstract)
   with ocp.StandardCheckpointer() as checkpointer:
     params, state = checkpointer.restore(folder / "start", target)
-    train = jax.jit(lambda *carry_and_batch: step(tx, *carry_and_batch))
+    train = jax.jit(functools.partial(step, tx))
     with np.load(folder / "batches.npz") as batches:
       images, labels = batches["images"], batches["labels"]
     share = BATCH_SIZE // jax.process_count()

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def algorithm_2(H, G_w, G_b, mu, sigma2, rho=0.99, eps_1=1e-2, eps_2=1e-4):
-  """One step for a dense layer: H[N, n], G_w[m, n], G_b[m] or None; gives G_w, G_b, mu, sigma2."""
+  """Return G_w, G_b, mu, sigma2 of one dense step: H[N, n], G_w[m, n], G_b[m] or None."""
   H = np.asarray(H, np.float64)
   N, n = H.shape
   return _algorithm(
@@ -30,7 +30,7 @@ def algorithm_2(H, G_w, G_b, mu, sigma2, rho=0.99, eps_1=1e-2, eps_2=1e-4):
 def algorithm_3(
   h, positions, G_w, G_b, mu, sigma2, rho=0.99, eps_1=1e-2, eps_2=1e-4, examples=None
 ):
-  """One step for a convolution: h[N, *space, c], G_w[*window, c, d] and G_b[d] (or None).
+  """Return one step of a convolution: h[N, *space, c], G_w[*window, c, d] and G_b[d] (or None).
 
   `positions` is the number of output positions (the paper's r s); `examples` is N, where it is not
   the first axis of h. A dense layer over time is a convolution with a window of one.
@@ -60,7 +60,7 @@ def algorithm_3(
 
 
 def _algorithm(columns, rows, G_w, G_b, mu, sigma2, q2, rho, eps_1, eps_2):
-  """Steps 1 to 5 with G_w[window, feature, output] and one column of inputs a feature."""
+  """Take steps 1 to 5 with G_w[window, feature, output] and one column of inputs per feature."""
   window, n, m = G_w.shape
   mu, sigma2 = list(map(float, mu)), list(map(float, sigma2))
   G_w = np.array(G_w, np.float64)
@@ -96,7 +96,7 @@ def _algorithm(columns, rows, G_w, G_b, mu, sigma2, q2, rho, eps_1, eps_2):
 
 
 def explicit_matrices(mu, sigma2, window, q2, eps_1=1e-2, eps_2=1e-4):
-  """P / q of eqs. (12) and (23) as a matrix on [b, w], the window before the features in w."""
+  """Return P / q of eqs. (12) and (23) as a matrix on [b, w], w in order (window, feature)."""
   mu, sigma2 = np.asarray(mu, np.float64), np.asarray(sigma2, np.float64)
   tilde = np.sqrt(sigma2 + eps_1 * sigma2.max() + eps_2)
   size = 1 + window * len(mu)

@@ -35,7 +35,7 @@ class CNN(nn.Module):
 
 
 def loss_fn(model):
-  """The loss of `params` on a batch `(x, y)`, a mean over examples, with the statistics."""
+  """Return the function that computes the loss on a batch `(x, y)` and the statistics."""
 
   def loss(params, batch):
     x, y = batch
@@ -47,7 +47,7 @@ def loss_fn(model):
 
 
 def make(model, shape, dtype=jnp.float32, seed=0):
-  """Parameters, and a batch whose inputs have a mean and uneven deviations."""
+  """Return parameters, and a batch whose inputs have a mean and uneven deviations."""
   rng = np.random.default_rng(seed)
   # A transfer to the device; jnp.asarray compiles a program for each shape.
   array = lambda x: jax.device_put(x.astype(jnp.dtype(dtype)))
@@ -62,7 +62,7 @@ def grads_and_stats(model, params, batch):
   return grads, stats
 
 
-# A function that is made anew is compiled anew.
+# A new function object is compiled again.
 
 
 @functools.cache

@@ -21,7 +21,7 @@ STEPS = 20
 
 @st.composite
 def layers(draw):
-  """A random Dense or Conv, with the shape of its inputs."""
+  """Return a random Dense or Conv, with the shape of its inputs."""
   bias, features, outputs = draw(st.booleans()), draw(st.integers(1, 4)), draw(st.integers(1, 3))
   if draw(st.sampled_from(["dense", "conv", "conv"])) == "dense":
     time = draw(st.lists(st.integers(1, 3), max_size=2))
@@ -61,7 +61,7 @@ def problems(draw, mean):
 
 
 def run(problem, dtype, steps=STEPS):
-  """Yields gradients, updates, state, and the oracle's updates and statistics at each step."""
+  """Yield gradients, updates, state, and the oracle's updates and statistics at each step."""
   layer, shape, decay = (
     problem["layer"].clone(param_dtype=dtype),
     problem["shape"],
@@ -102,12 +102,12 @@ def run(problem, dtype, steps=STEPS):
 
 
 def relative_error(updates, expected):
-  """|actual - expected| / |expected| over a layer's kernel and bias together, in the 2-norm."""
+  """Return |actual - expected| / |expected| in the 2-norm, over kernel and bias together."""
   w, b = expected
   actual = [np.ravel(updates["kernel"])] + ([] if b is None else [np.ravel(updates["bias"])])
   expected = np.concatenate([np.ravel(w)] + ([] if b is None else [np.ravel(b)]))
   error = np.linalg.norm(np.concatenate(actual) - expected)
-  # Where padding is all that a kernel sees, its gradient is 0, and must stay exactly 0.
+  # A kernel whose inputs are all padding has a gradient of 0, which must stay exactly 0.
   return error / np.linalg.norm(expected) if error else 0.0
 
 

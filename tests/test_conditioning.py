@@ -30,7 +30,7 @@ def random_params(model, x, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def first_step(model, params, inputs, decay=0.99):
-  """The updates of P P^T for gradients that equal the parameters, the state and the statistics."""
+  """Return the updates of P P^T for gradients that equal the parameters, state and statistics."""
   with bnp_optax.linen.sow_statistics():
     _, aux = model.apply({"params": params}, inputs, mutable=["intermediates"])
   tx = bnp_optax.scale_by_bnp(decay)
@@ -54,7 +54,7 @@ def test_condition_number_counts_no_null_space():
   np.testing.assert_allclose(conditioning.condition_number(A, threshold=0.3), 2, rtol=1e-12)
 
 
-def test_condition_number_knows_the_precision_of_its_matrix():
+def test_condition_number_depends_on_the_precision_of_its_matrix():
   A = np.diag([1.0, 1e-9])
   np.testing.assert_allclose(conditioning.condition_number(A), 1e9)
   assert conditioning.condition_number(A.astype(np.float32)) == 1
@@ -64,7 +64,7 @@ def test_condition_number_knows_the_precision_of_its_matrix():
 
 
 def with_singular_values(values, rows, seed):
-  """A matrix of known singular values, by reflections of both sides."""
+  """Return a matrix of known singular values, by reflections of both sides."""
   rng, n = np.random.default_rng(seed), len(values)
   A = np.zeros((rows, n))
   A[np.arange(n), np.arange(n)] = values
@@ -114,7 +114,7 @@ def test_estimate_is_exact_for_a_singular_matrix():
 
 
 class Scanned(nn.Module):
-  """A layer called by a scan over time, with the same kernel, and one with a kernel a step."""
+  """A layer called by a scan over time, with one kernel for all steps or one for each."""
 
   shared: bool
 
@@ -152,7 +152,7 @@ class Block(nn.Module):
   ],
 )
 def test_outputs_are_the_hidden_matrix_times_the_unit(layer, shape):
-  """For convolutions see test_theory.py, Lemma 8."""
+  """Convolutions are in test_theory.py, Lemma 8."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=shape))
   params = random_params(layer, x)
   H = conditioning.hidden_matrix(layer, {"params": params}, x)
@@ -206,7 +206,7 @@ def test_hidden_matrix_of_a_transposed_convolution(transpose, strides, padding, 
   np.testing.assert_allclose(stats.variance, H[:, 1:].var(0), rtol=1e-11, atol=1e-12)
 
 
-def test_hidden_matrix_says_what_it_cannot_do():
+def test_errors_of_hidden_matrix():
   x = jnp.ones((2, 5, 3))
   layer = nn.ConvTranspose(2, (2,), padding="CIRCULAR", **F64)
   with pytest.raises(ValueError, match="does not support circular transposed conv"):
@@ -273,7 +273,7 @@ def test_figure_8():
   )
 
 
-def test_unit_curvature_says_what_it_cannot_do():
+def test_errors_of_unit_curvature():
   layer, x = nn.Dense(2, **F64), jnp.ones((3, 2))
   params = random_params(layer, x)
   with pytest.raises(ValueError, match="called 2 times by the loss instead of once"):
@@ -294,7 +294,7 @@ class Narrow(nn.Module):
     return nn.Dense(2, name="head", **F64)(x.mean(axis=1))
 
 
-def test_survey_measures_what_its_matrices_say():
+def test_survey_agrees_with_the_explicit_matrices():
   model, x = Narrow(), jnp.asarray(np.random.default_rng(0).normal(1, [1, 10, 0.1, 1], (6, 5, 4)))
   variables = {"params": random_params(model, x)}
   result = conditioning.survey(model, variables, x)
@@ -342,7 +342,7 @@ def test_survey_of_an_nnx_model():
 
 
 def run(inputs, *, steps=1, decay=0.99):
-  """Diagnostics of an MLP, `first` then `second`, after `steps` equal batches."""
+  """Return the diagnostics of an MLP, `first` then `second`, after `steps` equal batches."""
   model = problems.MLP(jnp.float64)
   params = random_params(model, inputs)
   _, state, stats = first_step(model, params, inputs, decay)
@@ -386,7 +386,7 @@ def test_a_large_feature_is_found():
 
 
 def test_a_lagging_mean_is_found():
-  """And its eigenvalue predicted: 1 + n delta^2, or up to 1 more."""
+  """Its eigenvalue is predicted: 1 + n delta^2, or up to 1 more."""
   inputs = normal(N, 5, mean=8.0)
   diagnostics, params, state, _ = run(inputs, steps=60)
   note = diagnostics.notes()[0]
@@ -405,7 +405,7 @@ def test_a_lagging_mean_is_found():
   assert 1 + n * lag**2 < diagnostics.largest_eigenvalue[0] < 2 + n * lag**2
 
 
-def test_a_layer_that_was_never_seen_is_found():
+def test_a_layer_without_statistics_is_found():
   _, params, state, stats = run(normal(N, 5))
   diagnostics = diagnose(params, state, {"first": stats["first"]})
   assert diagnostics.notes()[1] == "no statistics, or no rows"
@@ -441,7 +441,7 @@ def test_predictions_are_exact_for_uncorrelated_features(bias):
   assert diagnostics.dead == 2
 
 
-def test_diagnose_is_traced_once_with_the_training_step():
+def test_diagnose_within_the_training_step():
   """Under jit and scan, and for a convolution with several window entries."""
   layer, x = nn.Conv(2, (3,), feature_group_count=2, **F64), normal(4, 6, 4, mean=2.0)
   params = random_params(layer, x)
@@ -468,7 +468,7 @@ def test_diagnose_is_traced_once_with_the_training_step():
     conditioning.heat_map(jax.tree.map(lambda x: x[0], history), "lag")
 
 
-def test_diagnose_wants_a_state_of_bnp():
+def test_diagnose_needs_a_state_of_bnp():
   with pytest.raises(ValueError, match="no state of scale_by_bnp or bnp"):
     conditioning.diagnose({"kernel": jnp.ones((2, 2))}, optax.sgd(0.1).init({}), {})
 
@@ -488,7 +488,7 @@ def test_every_layer_of_a_model_that_two_optimizers_share_is_diagnosed():
 
 
 @pytest.mark.parametrize("unit", [-1, 3])
-def test_a_unit_that_is_not_there(unit):
+def test_a_unit_out_of_range(unit):
   model, x = nn.Dense(3, **F64), jnp.ones((2, 4))
   params = random_params(model, x)
 
@@ -500,7 +500,7 @@ def test_a_unit_that_is_not_there(unit):
       function(loss_fn, params, unit=unit)
 
 
-def test_the_rounding_of_bfloat16_is_no_rank():
+def test_rounding_to_bfloat16_adds_no_rank():
   rng = np.random.default_rng(0)
   product = np.outer(rng.normal(size=30), rng.normal(size=20))
   assert conditioning.condition_number(jnp.asarray(product, jnp.bfloat16)) == 1

@@ -1,4 +1,4 @@
-"""`bnp(inner)`: the inner optimizer really runs on z, where theta = P z."""
+"""`bnp(inner)`: the inner optimizer runs on z, where theta = P z."""
 
 import chex
 import flax.linen as nn
@@ -30,7 +30,7 @@ INNER = {
 
 
 def train(tx, params, batches, model):
-  """Trains on `batches`; returns the parameters after each."""
+  """Train on `batches`; return the parameters after each."""
 
   @jax.jit
   def step(params, state, batch):
@@ -126,7 +126,7 @@ def test_it_is_the_inner_optimizer_on_the_batchnorm_network(name):
 
 
 def test_an_inner_optimizer_reads_z():
-  """What reads parameters is given P^-1 theta, and applying P brings it back."""
+  """An optimizer that reads parameters is given P^-1 theta; P maps it back to theta."""
   with jax.enable_x64(True):
     params, batch = problems.make(problems.MLP(jnp.float64), (8, 5), jnp.float64)
     grads, stats = problems.grads_and_stats(problems.MLP(jnp.float64), params, batch)
@@ -170,8 +170,8 @@ def test_an_inner_optimizer_that_keeps_parameters_is_refused(inner):
     jax.eval_shape(bnp_optax.bnp(inner).init, params)
 
 
-def test_a_line_search_belongs_behind_bnp():
-  """Inside, it would evaluate the loss at z; behind, it finds a rate in theta."""
+def test_a_line_search_goes_after_bnp():
+  """Inside, it would evaluate the loss at z; after BNP, it finds a rate in theta."""
   model = problems.MLP()
   params, batch = problems.make(model, (8, 5))
   (value, stats), grad = jax.value_and_grad(problems.loss_fn(model), has_aux=True)(params, batch)
@@ -181,26 +181,26 @@ def test_a_line_search_belongs_behind_bnp():
     return problems.loss_fn(model)(params, batch)[0]
 
   search = optax.scale_by_backtracking_linesearch(15)
-  told = {"stats": stats, "value": value, "grad": grad, "value_fn": value_fn}
+  arguments = {"stats": stats, "value": value, "grad": grad, "value_fn": value_fn}
   inside = bnp_optax.bnp(optax.chain(optax.sgd(1.0), search))
   with pytest.raises(ValueError, match=r"value_fn= or grad=.*Put the line search after BNP"):
-    inside.update(grad, inside.init(params), params, **told)
-  behind = optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1.0), search)
-  updates, _ = behind.update(grad, behind.init(params), params, **told)
+    inside.update(grad, inside.init(params), params, **arguments)
+  after = optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1.0), search)
+  updates, _ = after.update(grad, after.init(params), params, **arguments)
   assert value_fn(optax.apply_updates(params, updates)) < value
 
 
 def test_a_copy_in_moving_coordinates_would_be_wrong():
-  """Why it is refused: as the coordinates move, z of the same parameters is another."""
+  """The reason for the error above: z of the same parameters changes with the statistics."""
   params, batch = problems.make(problems.MLP(), (8, 5))
   grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)
 
   @jax.jit
   def update(state):
-    seen = []
-    spy = optax.stateless(lambda updates, z: (seen.append(z), updates)[1])
-    _, state = bnp_optax.bnp(spy).update(grads, state, params, stats=stats)
-    return seen[0], state
+    coordinates = []
+    recorder = optax.stateless(lambda updates, z: (coordinates.append(z), updates)[1])
+    _, state = bnp_optax.bnp(recorder).update(grads, state, params, stats=stats)
+    return coordinates[0], state
 
   before, state = update(bnp_optax.bnp(optax.identity()).init(params))
   after, _ = update(state)

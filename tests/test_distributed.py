@@ -1,4 +1,4 @@
-"""Many devices and many processes take the steps of one, and what they tell each other."""
+"""Many devices and many processes take the steps of one device; what they send to each other."""
 
 import collections
 import functools
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import bnp_optax
-from tests import distributed_worker
+from tests import distributed_worker, reference
 from tests.distributed_worker import BATCH_SIZE, P, bnp, make_batches, make_mesh, run_processes
 
 STEPS = 200
@@ -31,24 +31,24 @@ local_loss_fn = functools.partial(distributed_worker.loss_fn, axis_name="data")
 
 
 def global_loss_fn(params, batch):
-  """Under shard_map, the gradient of the mean over devices is the mean of their gradients."""
+  """Return the mean loss over devices, whose gradient under shard_map is the mean gradient."""
   loss, stats = local_loss_fn(params, batch)
   return lax.pmean(loss, "data"), stats
 
 
 def summed_loss_fn(params, batch):
-  """The same, with each device's own statistics, which are sums."""
+  """Return the mean loss, and the sum of the statistics of each device."""
   loss, stats = distributed_worker.loss_fn(params, batch)
   return lax.pmean(loss, "data"), lax.psum(stats, "data")
 
 
 def masked_loss_fn(params, batch):
-  """The same, with the statistics of the images that have a label."""
+  """Return the mean loss, and the statistics of the images that have a label."""
   loss, stats = local_loss_fn(params, batch, mask=batch[1] >= 0)
   return lax.pmean(loss, "data"), stats
 
 
-# What each of JAX's engines is given, once for all steps and for each batch.
+# Each engine of JAX: the compiled step, and a function that places a batch on the devices.
 
 
 def one(step, devices):
@@ -88,22 +88,41 @@ def train(engine, devices, dtype, steps=STEPS, tx=None):
   step, place = engine(functools.partial(local, tx=tx), devices)
   carry = distributed_worker.start(tx, dtype)
   for batch in zip(*make_batches(steps, dtype), strict=True):
-    # Programs of several steps at once, each on eight threads, may wait for each other for ever.
+    # Programs of several steps at once, each on eight threads, may deadlock.
     carry = jax.block_until_ready(step(*carry, place(batch)))
   return jax.device_get(carry)
 
 
 @functools.cache
 def alone(dtype):
-  """What one device comes to."""
+  """Return the parameters and the state after all steps on one device."""
   return train(one, 1, dtype)
 
 
 def distance(tree, other):
-  """The distance of two trees in the 2-norm, over the norm of the second."""
+  """Return the distance of two trees in the 2-norm, over the norm of the second."""
   chex.assert_trees_all_equal_shapes_and_dtypes(tree, other)
   flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype("float64")
   return np.linalg.norm(flat(tree) - flat(other)) / np.linalg.norm(flat(other))
+
+
+def test_one_device_takes_the_steps_of_the_paper():
+  """The other tests compare many devices with these steps."""
+
+  def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+  with jax.enable_x64(True):
+    params, _ = distributed_worker.start(bnp(), "float64")
+    expected, _ = reference.train(
+      optax.chain(reference.bnp(), optax.sgd(0.02)),
+      distributed_worker.CNN("float64"),
+      params,
+      zip(*make_batches(3, "float64"), strict=True),
+      cross_entropy,
+    )
+    actual, _ = train(one, 1, "float64", steps=3)
+    assert distance(actual, expected) <= 1e-12
 
 
 @pytest.mark.parametrize(
@@ -120,7 +139,7 @@ def test_many_devices_come_to_the_same_parameters(engine, devices, dtype):
     assert distance(params, expected) <= PRECISIONS[dtype]
     assert state[0].count == expected_state[0].count == STEPS
     assert state[0].nonfinite_count == 0
-    # The run went somewhere, so that there was something to agree on.
+    # The parameters moved.
     untrained, _ = distributed_worker.start(bnp(), dtype)
     assert distance(jax.device_get(untrained), expected) > 0.02
 
@@ -151,11 +170,11 @@ def test_many_processes_come_to_the_same_parameters(processes, tmp_path):
     assert state[0].count == 20
 
 
-# What the recipes rest on.
+# Statistics over devices.
 
 
-def see_on_devices(loss_fn, params, batch, devices=8):
-  """The statistics under shard_map, which finds them to be the same on every device."""
+def statistics_on_devices(loss_fn, params, batch, devices=8):
+  """Return the statistics under shard_map, which checks that all devices have the same."""
   run = jax.shard_map(
     lambda params, batch: loss_fn(params, batch)[1],
     mesh=make_mesh((devices,), ("data",)),
@@ -167,13 +186,13 @@ def see_on_devices(loss_fn, params, batch, devices=8):
 
 @pytest.mark.parametrize("loss_fn", [global_loss_fn, summed_loss_fn])
 def test_statistics_over_devices_are_those_of_the_whole_batch(loss_fn):
-  """Of all examples, above all: q divides by N."""
+  """The number of examples is that of the whole batch, too: q depends on it."""
   with jax.enable_x64(True):
     params, _ = distributed_worker.start(bnp(), "float64")
     images, labels = make_batches(1, "float64")
     batch = (images[0], labels[0])
     whole = jax.jit(lambda p, b: distributed_worker.loss_fn(p, b)[1])(params, batch)
-    split = see_on_devices(loss_fn, params, batch)
+    split = statistics_on_devices(loss_fn, params, batch)
     for name, positions in {"first": 16, "second": 16, "head": 1}.items():
       a, b = (stats[name]["layer_statistics"] for stats in (split, whole))
       assert (a.examples, a.rows) == (BATCH_SIZE, BATCH_SIZE * positions)
@@ -191,13 +210,13 @@ def test_padding_is_counted_over_all_devices():
     padded = (np.where(counts[:, None, None, None], images, np.nan), np.where(counts, labels, -1))
     whole = jax.jit(lambda p, b: distributed_worker.loss_fn(p, b)[1])
     expected = whole(params, (images[counts], labels[counts]))
-    actual = see_on_devices(masked_loss_fn, params, padded)
+    actual = statistics_on_devices(masked_loss_fn, params, padded)
     chex.assert_trees_all_close(actual, expected, rtol=1e-11, atol=1e-14)
     assert actual["head"]["layer_statistics"].examples == BATCH_SIZE - 3
 
 
 def test_statistics_of_one_device_alone_are_refused_by_shard_map():
-  """A forgotten axis_name is an error of JAX's own, which says what varies."""
+  """A forgotten axis_name is an error of JAX, which names the axis."""
 
   def forgetful(params, batch):
     loss, stats = distributed_worker.loss_fn(params, batch)
@@ -274,11 +293,11 @@ def test_parameters_and_state_that_are_split(kind):
     assert all(x.is_fully_replicated for x in jax.tree.leaves(state.statistics))
 
 
-# What goes over the wire.
+# Communication.
 
 
-def wire(compiled):
-  """What each collective of a compiled program carries: `[(dtype, shape)]`."""
+def communication(compiled):
+  """Return the operands of the collectives of a compiled program: `[(dtype, shape)]`."""
   number = (
     r"all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
   )
@@ -308,10 +327,10 @@ def compiled_step(engine, tx, devices=8):
     pytest.param(pmapped, 2, 0, id="pmap"),
   ],
 )
-def test_what_bnp_adds_to_the_wire(engine, vectors, scalars):
-  """Two vectors a layer, and three where its sums are added without knowing the mean of all."""
+def test_communication_added_by_bnp(engine, vectors, scalars):
+  """Two vectors a layer, and three where devices add sums about their own means."""
   sizes = lambda tx: collections.Counter(
-    math.prod(shape) for _, shape in wire(compiled_step(engine, tx))
+    math.prod(shape) for _, shape in communication(compiled_step(engine, tx))
   )
   sgd, with_bnp = sizes(optax.sgd(0.02)), sizes(bnp())
   parameters, _ = distributed_worker.start(bnp(), "float32")
@@ -325,7 +344,7 @@ def test_what_bnp_adds_to_the_wire(engine, vectors, scalars):
 
 
 class Boxed(nn.Module):
-  """A network whose parameters say how they are split."""
+  """A network whose parameters have partitioning metadata."""
 
   @nn.compact
   def __call__(self, x):
@@ -338,8 +357,8 @@ class Boxed(nn.Module):
 @pytest.mark.parametrize(
   "make", [bnp_optax.scale_by_bnp, lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9))]
 )
-def test_parameters_that_say_how_they_are_split(make):
-  """The state's vectors have no such metadata, and the steps are those without it."""
+def test_parameters_with_partitioning_metadata(make):
+  """The vectors of the state have no such metadata, and the steps do not depend on it."""
   mesh, model, tx = make_mesh((2, 4), ("data", "model")), Boxed(), make()
   x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
 

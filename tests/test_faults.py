@@ -1,9 +1,10 @@
-"""What goes wrong in training, and what becomes of it; docs/faults.md is the table.
+"""Faults in training and their consequences; docs/faults.md is the table.
 
-Nothing here loses what was learned: running statistics stay finite and go on from where they were.
+In every case running statistics stay finite and continue from their last finite values.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
 
@@ -19,6 +20,7 @@ import bnp_optax
 from bnp_optax.linen import sow_statistics
 from tests import problems
 
+ROOT = pathlib.Path(__file__).parents[1]
 MODEL = problems.MLP()
 
 
@@ -32,7 +34,7 @@ jitted_update = jax.jit(TX.update)
 
 
 def update(params, batch, state):
-  """One step of plain BNP: updates and state."""
+  """Return the updates and the state of one step of plain BNP."""
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
   return jitted_update(grads, state, stats=stats)
 
@@ -43,7 +45,7 @@ def statistics(state):
 
 @pytest.fixture(scope="module")
 def healthy(problem):
-  """The state after one good step."""
+  """Return the state after one good step."""
   params, batch = problem
   return update(params, batch, TX.init(params))[1]
 
@@ -52,12 +54,12 @@ def healthy(problem):
 
 
 def test_nan_in_one_layer_for_ever(problem, healthy):
-  """The other layer goes on as if nothing were wrong, and the bad one as it was."""
+  """The other layer's steps do not change; the bad one keeps its statistics."""
   params, batch = problem
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
-  seen = stats["second"]["layer_statistics"]
-  sums = {name: jnp.nan * getattr(seen, name) for name in ("total", "within", "between")}
-  nan = {"layer_statistics": dataclasses.replace(seen, **sums)}
+  second = stats["second"]["layer_statistics"]
+  sums = {name: jnp.nan * getattr(second, name) for name in ("total", "within", "between")}
+  nan = {"layer_statistics": dataclasses.replace(second, **sums)}
   good = bad = healthy
   for _ in range(20):
     expected, good = jitted_update(grads, good, stats=stats)
@@ -72,7 +74,7 @@ def test_nan_in_one_layer_for_ever(problem, healthy):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_all_layers_for_a_while(problem, healthy, bad):
-  """Once the inputs, or the parameters, are good again, the run is where it was."""
+  """Once the inputs, or the parameters, are finite again, the run continues bitwise."""
   params, (x, y) = problem
   state = healthy
   poisoned = jax.tree.map(lambda p: p * np.float32(bad), params)
@@ -87,17 +89,17 @@ def test_all_layers_for_a_while(problem, healthy, bad):
 
 
 def test_finite_gradients_while_statistics_are_not(problem, healthy):
-  """The step is the one of the statistics so far: as if the batch had shown just those."""
+  """The step is that of a batch whose statistics equal the running ones."""
   params, batch = problem
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
   overflow, as_before = {}, {}
   for name, module in stats.items():
-    seen = module["layer_statistics"]
-    huge = seen.within.at[0].set(jnp.inf)
-    overflow[name] = {"layer_statistics": dataclasses.replace(seen, within=huge)}
+    batch_statistics = module["layer_statistics"]
+    huge = batch_statistics.within.at[0].set(jnp.inf)
+    overflow[name] = {"layer_statistics": dataclasses.replace(batch_statistics, within=huge)}
     mean, variance = (tree[name]["kernel"] for tree in statistics(healthy))
     sums = {"total": 8 * mean, "within": 8 * variance, "between": 8 * mean**2}
-    as_before[name] = {"layer_statistics": dataclasses.replace(seen, **sums)}
+    as_before[name] = {"layer_statistics": dataclasses.replace(batch_statistics, **sums)}
   updates, state = jitted_update(grads, healthy, stats=overflow)
   expected, _ = jitted_update(grads, healthy, stats=as_before)
   chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
@@ -109,7 +111,7 @@ def test_finite_gradients_while_statistics_are_not(problem, healthy):
 
 
 def test_a_batch_of_padding_alone(problem, healthy):
-  """No rows: nothing is learned about the inputs, and it is counted."""
+  """The statistics do not change, and the batch is counted."""
   params, (x, _) = problem
 
   @jax.jit
@@ -131,7 +133,7 @@ def test_a_batch_of_padding_alone(problem, healthy):
 
 
 def test_the_last_smaller_batch(problem):
-  """It is compiled once more, in the first epoch, and never again."""
+  """The step is compiled once more, in the first epoch alone."""
   params, (x, y) = problem
   tx = bnp_optax.scale_by_bnp()
   grad_fn = jax.value_and_grad(problems.loss_fn(MODEL), has_aux=True)
@@ -165,7 +167,7 @@ def test_inputs_of_any_scale(problem, scale):
 
 
 def test_inputs_whose_square_overflows(problem, healthy):
-  """They are left out; gradients and loss are as they are without BNP."""
+  """Their statistics are left out and counted."""
   params, (x, y) = problem
   state = healthy
   for _ in range(3):
@@ -177,7 +179,7 @@ def test_inputs_whose_square_overflows(problem, healthy):
 
 @pytest.mark.parametrize(("ratio", "error"), [(1e3, 1e-5), (1e4, 1e-4), (1e5, 1e-2), (1e9, 1.0)])
 def test_a_mean_of_many_deviations(ratio, error):
-  """float32 numbers of mean 1e9 and deviation 1 hold no variance; all stays finite."""
+  """float32 numbers of mean 1e9 and deviation 1 have no variance; the step stays finite."""
   model = nn.Dense(3)
   params, (x, y) = problems.make(model, (64, 4))
   x = np.float32(ratio) + np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
@@ -201,13 +203,15 @@ def test_without_memory_the_statistics_are_those_of_the_batch():
   tx = bnp_optax.scale_by_bnp(0.0)
   _, state = jax.jit(tx.update)(params, tx.init(params), stats=stats)
   for name in params:
-    seen = stats[name]["layer_statistics"]
-    np.testing.assert_allclose(state.input_mean[name]["kernel"], seen.mean, rtol=2e-7)
-    np.testing.assert_allclose(state.input_variance[name]["kernel"], seen.variance, rtol=2e-7)
+    batch_statistics = stats[name]["layer_statistics"]
+    np.testing.assert_allclose(state.input_mean[name]["kernel"], batch_statistics.mean, rtol=2e-7)
+    np.testing.assert_allclose(
+      state.input_variance[name]["kernel"], batch_statistics.variance, rtol=2e-7
+    )
 
 
 def test_no_epsilon_and_no_variance(problem):
-  """The paper's formula then divides by zero, and so does this; the state stays clean."""
+  """The paper's formula divides by zero, and so does this; the state stays finite."""
   params, (x, y) = problem
   grads, stats = problems.grads_and_stats(MODEL, params, (x.at[...].set(1.0), y))
   tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0)
@@ -236,7 +240,7 @@ class HalfPrecision(nn.Module):
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2e-2), ("float16", 2e-3)])
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_half_precision_and_loss_scaling(problem, dtype, error, scale):
-  """Scaled and unscaled around the gradient, the loss leaves the statistics alone."""
+  """Scaling the loss and unscaling the gradient does not change the statistics."""
   params, batch = problem
   expected, expected_state = update(params, batch, TX.init(params))
 
@@ -298,7 +302,7 @@ def test_float16_updates_that_overflow():
 
 
 def drift(steps):
-  """How far running statistics of bfloat16 activations are from exact ones.
+  """Return the errors of running statistics of bfloat16 activations.
 
   Returns:
     The errors of the mean (in deviations) and of the variance (relative), and those of running
@@ -337,15 +341,16 @@ def drift(steps):
     )
 
 
-@pytest.mark.slow
 def test_running_statistics_after_100_000_bfloat16_steps():
   """The numbers are those of docs/faults.md."""
-  mean, variance, coarse_mean, coarse_variance = drift(100_000)
-  print(f"{mean:.1e} {variance:.1e} {coarse_mean:.1e} {coarse_variance:.1e}")
-  assert mean < 1e-4
-  assert variance < 1e-5
-  assert coarse_mean > 0.1
-  assert coarse_variance > 1e-3
+  page = " ".join((ROOT / "docs" / "faults.md").read_text().split())
+  assert "off by 1.1e-5 deviations and the running variance by 4.4e-7 of itself" in page
+  assert "after 1,000 steps (1.8e-5 and 4.9e-7)" in page
+  assert "they would be off by 21 deviations and 1.1 %" in page
+  # Other versions of XLA may sum in another order.
+  about = functools.partial(pytest.approx, rel=0.2)
+  assert drift(100_000) == (about(1.1e-5), about(4.4e-7), about(21), about(0.011))
+  assert drift(1_000)[:2] == (about(1.8e-5), about(4.9e-7))
 
 
 # Debugging, donation, interruption.
@@ -368,7 +373,7 @@ def test_debug_nans(problem):
 
 
 def test_donated_buffers(problem):
-  """No two leaves of a state share a buffer, so it can be given away."""
+  """No two leaves of a state share a buffer, so it can be donated."""
   params, batch = problem
   tx = bnp_optax.scale_by_bnp()
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
@@ -381,7 +386,7 @@ def test_donated_buffers(problem):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_interrupted_in_the_forward_pass(problem, error):
-  """The context is left whatever happens in it."""
+  """An exception closes the context."""
   params, (x, _) = problem
 
   def interrupted():
@@ -396,9 +401,8 @@ def test_interrupted_in_the_forward_pass(problem, error):
 
 
 def test_the_table_names_tests_that_exist():
-  root = pathlib.Path(__file__).parents[1]
-  table = (root / "docs" / "faults.md").read_text()
+  table = (ROOT / "docs" / "faults.md").read_text()
   named = re.findall(r"`((?:experiments/)?tests/\w+\.py)::(\w+)`", table)
   assert len(named) >= 25
   for path, name in named:
-    assert f"def {name}(" in (root / path).read_text(), f"{path}::{name}"
+    assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"

@@ -1,7 +1,7 @@
 """Random networks, options and inputs: no error, no state that is not finite, the paper's step.
 
-A network is compiled once and then meets many cases: whatever else is random is an argument of the
-compiled program, the number of examples (by a mask) and BNP's own options included.
+A network is compiled once for many cases. Everything else that is random is an argument of the
+compiled program, including the number of examples (by a mask) and BNP's own options.
 
 By hand, 10,000 cases in some five minutes:
 pytest tests/test_fuzz.py --hypothesis-profile=thorough --hypothesis-seed=0
@@ -110,7 +110,7 @@ def random_blocks(seed):
 
 @functools.cache
 def make(seed, dtype):
-  """A network's shapes of parameters, and its program for one step."""
+  """Return the blocks, the shapes of the parameters, `init` and the program of one step."""
   model = Network(random_blocks(seed), dtype)
   example = jnp.zeros((EXAMPLES, SIZE, SIZE, CHANNELS), dtype)
   layers = bnp_optax.linen.layers(model, example, strict=True)
@@ -124,27 +124,27 @@ def make(seed, dtype):
 
   @jax.jit
   def step(params, state, x, y, mask, options):
-    grads, seen = jax.grad(loss_fn, has_aux=True)(params, x, y, mask)
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params, x, y, mask)
     updates, new_state = bnp_optax.scale_by_bnp(*options, layers=layers).update(
-      grads, state, stats=seen
+      grads, state, stats=stats
     )
     sgd = bnp_optax.bnp(optax.sgd(1.0), *options, layers=layers)
     inner_state = sgd.init(params).inner_state
-    same, _ = sgd.update(grads, bnp_optax.BnpState(state, inner_state), params, stats=seen)
-    return grads, updates, jax.tree.map(jnp.negative, same), new_state, inputs_of_layers(seen)
+    same, _ = sgd.update(grads, bnp_optax.BnpState(state, inner_state), params, stats=stats)
+    return grads, updates, jax.tree.map(jnp.negative, same), new_state, inputs_of_layers(stats)
 
   init = bnp_optax.scale_by_bnp(layers=layers).init
   return model.blocks, shapes, jax.jit(init), step
 
 
-def inputs_of_layers(seen):
-  """What the networks above have sown themselves."""
-  named = {name: value[0] for name, value in seen.items() if name.startswith("h_")}
-  return named | {name: value["h"][0] for name, value in seen.items() if "h" in value}
+def inputs_of_layers(intermediates):
+  """Return the values that the networks above sow."""
+  named = {name: value[0] for name, value in intermediates.items() if name.startswith("h_")}
+  return named | {name: value["h"][0] for name, value in intermediates.items() if "h" in value}
 
 
 def make_entries(blocks, inputs, valid):
-  """The linear maps of a network, for the examples that count."""
+  """Return the linear maps of a network, for the examples that count."""
   entries = []
   for i, block in enumerate(blocks):
     name = f"layer_{i}"
@@ -212,7 +212,7 @@ def check(case):
     fault = case["fault"] if number == case["fault_at"] else None
     if fault:
       x = put_fault(fault, x, rng)
-    # A fault ends the comparison, but not if it is one that the arithmetic takes.
+    # A fault ends the comparison unless it is harmless.
     agrees &= fault in (None, *HARMLESS)
     y = rng.normal(size=(EXAMPLES, 2)).astype(case["dtype"])
     mask = np.arange(EXAMPLES) < valid
@@ -235,7 +235,7 @@ def check(case):
       for actual in (updates, same):
         check_layers(actual, expected, bound)
     else:
-      # Nothing was seen: the statistics stay as they are, and are counted.
+      # Without rows the statistics stay the same, and are counted.
       expected_nonfinite += sum(2 if block.kind == "scan" else 1 for block in blocks) + 1
       chex.assert_trees_all_equal(state.input_mean, before.input_mean)
       chex.assert_trees_all_equal(state.input_variance, before.input_variance)
@@ -244,10 +244,10 @@ def check(case):
 
 
 def rounding(entries, grads, statistics, hyperparameters, dtype):
-  """A bound on the rounding of a step, for each of its numbers.
+  """Return a bound on the rounding of each number of a step.
 
-  It is the step again with every term positive, so that nothing cancels; a mean is known as well as
-  the inputs are large.
+  It is the step again with every term positive, so that nothing cancels; the error of a mean
+  is proportional to the size of the inputs.
   """
   large = {k: (-np.abs(mu) - np.sqrt(sigma2), sigma2) for k, (mu, sigma2) in statistics.items()}
   limits = np.finfo(dtype)

@@ -24,7 +24,7 @@ KERNEL = {"param_dtype": jnp.float64}
 
 
 def case(fn):
-  """Registers `fn(draw) -> model, input shape, entries(params, x)`."""
+  """Register `fn(draw) -> model, input shape, entries(params, x)`."""
   CASES[fn.__name__] = fn
   return fn
 
@@ -51,7 +51,7 @@ def dense_general(draw):
 
 @case
 def dense_general_over_other_axes(draw):
-  """The first axis after the examples is the input's."""
+  """The input axis is the first after the examples."""
   n, rest, m = sizes(draw, 3)
   model = nn.DenseGeneral(m, axis=1, use_bias=draw(st.booleans()), **KERNEL)
   return model, (N, n, rest), lambda _, x: [Entry((), x.swapaxes(1, 2), rest)]
@@ -182,7 +182,7 @@ def conv_transpose(draw):
 
 @case
 def conv_local(draw):
-  """Every output position has a kernel of its own, its features (channel, window)."""
+  """Every output position has a kernel, with features in the order (channel, window)."""
   dims, n, m = draw(st.integers(1, 2)), *sizes(draw, 2)
   kernel, strides, dilation, padding, space = geometry(draw, dims)
   model = nn.ConvLocal(
@@ -243,7 +243,7 @@ def recorder(model):
 
 
 def record(model, params, *args, **kwargs):
-  """What a model gives, and what each layer in it is given: `{path: [inputs of a call]}`."""
+  """Return the outputs, and the inputs of each layer: `{path: [inputs of a call]}`."""
   return jax.tree.map(np.asarray, recorder(model)(params, args, kwargs))
 
 
@@ -308,7 +308,7 @@ def recurrent_cells(draw):
 
 
 class Block(nn.Module):
-  """A residual block whose two kernels lie differently."""
+  """A residual block whose two kernels have different layouts."""
 
   @nn.compact
   def __call__(self, x, _):
@@ -407,7 +407,7 @@ class Normalized(nn.Module):
 
 @case
 def normalized_weights(draw):
-  """The parameter is preconditioned by the inputs of the layer, whatever scales its kernel."""
+  """The parameter is preconditioned by the inputs of the layer, not by its scaled kernel."""
   model = Normalized(nn.WeightNorm)
 
   def entries(params, x):
@@ -482,7 +482,7 @@ def test_equals_the_paper_on_unrolled_inputs(kind, data):
 
 
 def stepper(model, tx, collection, **kwargs):
-  """A step that also returns the gradients and the new variables of a collection."""
+  """Return a step that also returns the gradients and the new variables of a collection."""
 
   @jax.jit
   def step(params, variables, state, x):
@@ -503,7 +503,7 @@ def stepper(model, tx, collection, **kwargs):
 
 
 def test_decoding():
-  """Each step of decode mode sees what causal attention sees at that position."""
+  """Each step of decode mode has the inputs of causal attention at that position."""
   model = nn.MultiHeadDotProductAttention(2, qkv_features=4, decode=True, **KERNEL)
   x = np.random.default_rng(0).normal(2, 1.5, (N, 4, 3))
   variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -526,7 +526,7 @@ def test_decoding():
 
 
 def power_iteration(kernel, u):
-  """Spectral normalization by hand: the kernel over its largest singular value; `u` and that."""
+  """Return the kernel over its largest singular value, the new `u`, and that value."""
   matrix = kernel.reshape(-1, kernel.shape[-1])
   normalize = lambda x: x / np.sqrt(np.sum(x**2) + 1e-12)
   v = normalize(u @ matrix.T)
@@ -558,9 +558,9 @@ def test_spectral_norm():
     entries = [Entry(("first",), x, 4), Entry(("second",), hidden, 4, window=1)]
     grads, statistics, updates, state = step(params, statistics, state, x)
     for i, (name, (_, u, sigma)) in enumerate((("first", first), ("second", second))):
-      seen = statistics[f"SpectralNorm_{i}"]
-      np.testing.assert_allclose(seen[f"{name}/kernel/u"], u, rtol=1e-12)
-      np.testing.assert_allclose(seen[f"{name}/kernel/sigma"], sigma, rtol=1e-12)
+      actual = statistics[f"SpectralNorm_{i}"]
+      np.testing.assert_allclose(actual[f"{name}/kernel/u"], u, rtol=1e-12)
+      np.testing.assert_allclose(actual[f"{name}/kernel/sigma"], sigma, rtol=1e-12)
     expected = unrolled.step(entries, jax.tree.map(np.asarray, grads), running)
     assert set(expected) == set(layers)
     assert unrolled.relative_error(updates, expected) <= 1e-12

@@ -17,7 +17,7 @@ STEPS, BATCH = 50, 16
 
 @pytest.fixture(autouse=True)
 def standard_promotion():
-  """Adam raises a float to an integer power."""
+  """Allow promotion: Adam raises a float to an integer power."""
   with jax.numpy_dtype_promotion("standard"):
     yield
 
@@ -108,7 +108,7 @@ class Mixer(nn.Module):
 
 
 def batches(name):
-  """The first batches of a data set, its pixels brought to mean 0 and deviation 1."""
+  """Return the first batches of a data set, with pixels of mean 0 and deviation 1."""
   found = data.load(name)
   x = np.asarray(found.x_train[: STEPS * BATCH], np.float32)
   x = x.reshape(*x.shape[:3], -1)

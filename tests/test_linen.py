@@ -1,4 +1,4 @@
-"""`linen.sow_statistics`: what it reports, that it changes nothing, and how it refuses."""
+"""`linen.sow_statistics`: the statistics of each layer, an unchanged model, and errors."""
 
 import functools
 
@@ -13,12 +13,12 @@ import pytest
 import bnp_optax
 from bnp_optax import LayerStatistics
 from bnp_optax.linen import sow_statistics
-from tests import problems
+from tests import problems, reference
 from tests.compiling import AS_USERS_DO
 
 
-def see(model, params, *args, context=None, **kwargs):
-  """The intermediates of one jitted forward pass with statistics."""
+def sow(model, params, *args, context=None, **kwargs):
+  """Return the intermediates of one jitted forward pass with statistics."""
 
   @jax.jit
   def forward(params, args):
@@ -29,14 +29,14 @@ def see(model, params, *args, context=None, **kwargs):
 
 
 def init(model, *args, **kwargs):
-  """Parameters for a model: random numbers, which take no program of their own."""
+  """Return random parameters; `model.init` would be compiled."""
   rng = np.random.default_rng(0)
   shapes = jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs)["params"]
   return jax.tree.map(lambda p: jax.device_put(rng.normal(size=p.shape).astype(p.dtype)), shapes)
 
 
 def check(statistics, rows, *, examples=None, tolerance=1e-6):
-  """Checks statistics against the rows of H."""
+  """Check statistics against the rows of H."""
   rows = np.asarray(rows, np.float64).reshape(-1, np.shape(rows)[-1])
   assert statistics.rows == len(rows)
   assert statistics.examples == (len(rows) if examples is None else examples)
@@ -52,7 +52,7 @@ def uniform(*shape, seed=0, dtype=jnp.float32):
 
 
 class Sower(nn.Module):
-  """A network that sows values of its own."""
+  """A network that sows values itself."""
 
   @nn.compact
   def __call__(self, x):
@@ -86,11 +86,11 @@ def test_outputs_and_gradients_are_bitwise_the_same(model):
   chex.assert_trees_all_equal((loss, outputs, grads), (sown_loss, sown_outputs, sown_grads))
 
 
-def test_what_the_model_sows_is_untouched():
+def test_values_sown_by_the_model_are_unchanged():
   x = uniform(2, 6, 6, 3)
   params = init(Sower(), x)
   _, plain = jax.jit(lambda p: Sower().apply({"params": p}, x, mutable=["intermediates"]))(params)
-  sown = see(Sower(), params, x)
+  sown = sow(Sower(), params, x)
   assert set(sown) == {"features", "logits", "Conv_0", "Dense_0"}
   chex.assert_trees_all_equal({k: sown[k] for k in plain["intermediates"]}, plain["intermediates"])
 
@@ -138,9 +138,9 @@ class Tied(nn.Module):
     return x
 
 
-def test_a_layer_called_again_sees_more_rows_of_the_same_examples():
+def test_calls_of_a_layer_add_rows_of_the_same_examples():
   x = uniform(5, 4)
-  stats = see(Tied(), init(Tied(), x), x)
+  stats = sow(Tied(), init(Tied(), x), x)
   check(stats["layer"]["layer_statistics"], np.concatenate(stats["inputs"]), examples=5)
 
 
@@ -178,8 +178,8 @@ class Setup(nn.Module):
 def test_setup_and_methods():
   x = uniform(6, 5)
   params = init(Setup(), x)
-  assert set(see(Setup(), params, x)) == {"layers_0", "layers_1", "heads_a"}
-  stats = see(Setup(), params, x, method=Setup.encode)
+  assert set(sow(Setup(), params, x)) == {"layers_0", "layers_1", "heads_a"}
+  stats = sow(Setup(), params, x, method=Setup.encode)
   assert set(stats) == {"layers_0", "layers_1"}
   check(stats["layers_0"]["layer_statistics"], x)
 
@@ -201,17 +201,38 @@ def test_lifted_transforms(wrap):
   # Traced before without statistics: nothing stale may come back.
   jax.eval_shape(lambda: model.apply({"params": params}, x))
   jax.eval_shape(lambda: model.apply({"params": params}, x, mutable=["intermediates"]))
-  stats = see(model, params, x)
-  chex.assert_trees_all_close(stats, see(problems.MLP(), params, x), rtol=1e-6)
+  stats = sow(model, params, x)
+  chex.assert_trees_all_close(stats, sow(problems.MLP(), params, x), rtol=1e-6)
   _, stats = problems.grads_and_stats(model, params, (x, jnp.zeros((4, 3))))
   check(stats["first"]["layer_statistics"], x)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.remat, nn.jit, lambda m: nn.jit(nn.remat(m))])
+@pytest.mark.parametrize("model", [problems.MLP, problems.CNN])
+def test_steps_with_the_sown_statistics_are_those_of_the_paper(model, wrap):
+  with jax.enable_x64(True):
+    shape = (4, 5) if model is problems.MLP else (2, 6, 6, 3)
+    params, batch = problems.make(model("float64"), shape, "float64")
+    tx = bnp_optax.scale_by_bnp(0.9)
+
+    @jax.jit
+    def step(params, state):
+      grads, stats = problems.grads_and_stats(wrap(model)("float64"), params, batch)
+      updates, state = tx.update(grads, state, params, stats=stats)
+      return optax.apply_updates(params, updates), state
+
+    expected, _ = reference.train(reference.bnp(rho=0.9), model("float64"), params, [batch] * 2)
+    actual, state = params, tx.init(params)
+    for _ in range(2):
+      actual, state = step(actual, state)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_share_scope():
   x = uniform(4, 5)
   params = init(Shared(), x)
   assert set(params) == {"first", "second"}
-  stats = see(Shared(), params, x)
+  stats = sow(Shared(), params, x)
   check(stats["first"]["layer_statistics"], x)
   tx = bnp_optax.scale_by_bnp()
   jax.eval_shape(tx.update, params, tx.init(params), stats=stats)
@@ -223,7 +244,7 @@ def test_a_subclass_that_calls_its_parent_is_read_once():
       return super().__call__(2 * inputs)
 
   x = uniform(4, 5)
-  check(see(Doubled(3), init(Doubled(3), x), x)["layer_statistics"], 2 * x)
+  check(sow(Doubled(3), init(Doubled(3), x), x)["layer_statistics"], 2 * x)
 
 
 def test_inputs_by_keyword():
@@ -237,14 +258,14 @@ def test_inputs_by_keyword():
 
 def test_one_unbatched_input():
   x = uniform(5)
-  check(see(nn.Dense(3), init(nn.Dense(3), x), x)["layer_statistics"], x[None])
+  check(sow(nn.Dense(3), init(nn.Dense(3), x), x)["layer_statistics"], x[None])
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_])
 def test_integers_and_booleans(dtype):
   x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (6, 4)), dtype)
   model = nn.Dense(3, dtype=jnp.float32)
-  check(see(model, init(model, x), x)["layer_statistics"], x)
+  check(sow(model, init(model, x), x)["layer_statistics"], x)
 
 
 def test_numpy_inputs():
@@ -262,7 +283,7 @@ def test_low_precision_with_a_large_mean(dtype):
   """E[h^2] - E[h]^2 in bfloat16 gave 0.0 here."""
   x = jnp.asarray(100 + np.random.default_rng(0).normal(size=(512, 3)), dtype)
   model = nn.Dense(2, dtype=dtype, param_dtype=dtype)
-  statistics = see(model, init(model, x), x)["layer_statistics"]
+  statistics = sow(model, init(model, x), x)["layer_statistics"]
   chex.assert_type(jax.tree.leaves(statistics), jnp.float32)
   check(statistics, x.astype(jnp.float32), tolerance=1e-5)
 
@@ -272,7 +293,7 @@ def test_double_precision():
     x = uniform(50, 3, dtype=jnp.float64) + 1e6
     model = nn.Dense(2, param_dtype=jnp.float64)
     params = init(model, x)
-    statistics = see(model, params, x)["layer_statistics"]
+    statistics = sow(model, params, x)["layer_statistics"]
     chex.assert_type(jax.tree.leaves(statistics), jnp.float64)
     check(statistics, x, tolerance=1e-9)
     state = bnp_optax.scale_by_bnp().init(params)
@@ -285,8 +306,8 @@ def test_double_precision():
 def test_example_axes():
   x = uniform(4, 6, 5)
   params = init(nn.Dense(3), x)
-  check(see(nn.Dense(3), params, x)["layer_statistics"], x, examples=4)
-  stats = see(nn.Dense(3), params, x, context={"example_axes": 2})
+  check(sow(nn.Dense(3), params, x)["layer_statistics"], x, examples=4)
+  stats = sow(nn.Dense(3), params, x, context={"example_axes": 2})
   check(stats["layer_statistics"], x, examples=24)
 
 
@@ -296,14 +317,14 @@ def test_padding(example_axes, examples):
   x = jnp.where(mask[..., None], uniform(3, 4, 5), jnp.nan)
   params = init(nn.Dense(2), x)
   context = {"example_axes": example_axes, "mask": mask}
-  statistics = see(nn.Dense(2), params, x, context=context)["layer_statistics"]
+  statistics = sow(nn.Dense(2), params, x, context=context)["layer_statistics"]
   check(statistics, np.asarray(x)[np.asarray(mask)], examples=examples)
 
 
 def test_padding_of_examples():
   mask = jnp.array([True, True, False])
   x = uniform(3, 4, 5)
-  statistics = see(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": mask})["layer_statistics"]
+  statistics = sow(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": mask})["layer_statistics"]
   check(statistics, x[:2], examples=2)
 
 
@@ -315,7 +336,7 @@ def test_a_head_after_pooling_is_not_masked():
 
   x = uniform(3, 4, 5)
   mask = jnp.ones((3, 4), bool).at[0, 0].set(False)
-  stats = see(Pooled(), init(Pooled(), x), x, context={"mask": mask})
+  stats = sow(Pooled(), init(Pooled(), x), x, context={"mask": mask})
   assert stats["tokens"]["layer_statistics"].rows == 11
   assert stats["head"]["layer_statistics"].rows == 3
 
@@ -334,7 +355,7 @@ def test_a_mask_may_fit_some_layers_and_not_those_that_are_left_out():
 
   x = uniform(3, 4, 5)
   params = init(Model(), x)
-  stats = see(Model(), params, x, context={"mask": jnp.ones((3, 2), bool)})
+  stats = sow(Model(), params, x, context={"mask": jnp.ones((3, 2), bool)})
   kept = optax.masked(bnp_optax.scale_by_bnp(), {"fits": True, "other": False})
   kept.update(params, kept.init(params), stats=stats)
   tx = bnp_optax.scale_by_bnp()
@@ -347,14 +368,14 @@ def test_a_mask_of_numbers_counts_what_is_not_zero(cast):
   mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
   x = uniform(2, 3, 5)
   params = init(nn.Dense(2), x)
-  statistics = see(nn.Dense(2), params, x, context={"mask": cast(mask)})["layer_statistics"]
+  statistics = sow(nn.Dense(2), params, x, context={"mask": cast(mask)})["layer_statistics"]
   check(statistics, np.asarray(x)[mask], examples=2)
 
 
 def test_a_sequence_of_padding_alone_is_no_example():
   mask = jnp.array([[1, 1, 0], [0, 0, 0]], bool)
   x = uniform(2, 3, 5)
-  statistics = see(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": mask})["layer_statistics"]
+  statistics = sow(nn.Dense(2), init(nn.Dense(2), x), x, context={"mask": mask})["layer_statistics"]
   check(statistics, x[0, :2], examples=1)
 
 
@@ -378,7 +399,7 @@ def test_an_equal_mask_outside_of_jit_is_no_new_trace():
 def test_one_map_without_a_batch_axis_is_one_example(model):
   x = uniform(1, 6, 6, 3)
   params = init(model, x)
-  alone, batch = (see(model, params, x)["layer_statistics"] for x in (x[0], x))
+  alone, batch = (sow(model, params, x)["layer_statistics"] for x in (x[0], x))
   chex.assert_trees_all_equal(alone, batch)
   assert alone.examples == 1
 
@@ -386,13 +407,13 @@ def test_one_map_without_a_batch_axis_is_one_example(model):
 def test_an_empty_batch():
   params = init(nn.Dense(2), uniform(3, 4))
   with pytest.raises(ValueError, match=r"no rows in its inputs of shape \(0, 4\)"):
-    see(nn.Dense(2), params, jnp.ones((0, 4)))
+    sow(nn.Dense(2), params, jnp.ones((0, 4)))
 
 
 def test_complex_inputs():
   model = nn.Dense(2, param_dtype=jnp.complex64)
   x = jnp.ones((3, 4), jnp.complex64)
-  stats = see(model, jax.tree.map(lambda p: p.astype(jnp.complex64), init(nn.Dense(2), x.real)), x)
+  stats = sow(model, jax.tree.map(lambda p: p.astype(jnp.complex64), init(nn.Dense(2), x.real)), x)
   tx = bnp_optax.scale_by_bnp()
   real = init(nn.Dense(2), x.real)
   with pytest.raises(ValueError, match="real inputs, found complex64"):
@@ -404,8 +425,8 @@ def test_complex_inputs():
 # Examples that are split over a mapped axis.
 
 
-def see_mapped(model, params, x, mask=None, axes=("batch",), context=None):
-  """The statistics of a forward pass whose examples `jax.vmap` maps, once for each axis."""
+def sow_mapped(model, params, x, mask=None, axes=("batch",), context=None):
+  """Return the statistics of a forward pass whose examples `jax.vmap` maps over each axis."""
 
   def forward(x, mask):
     with sow_statistics(mask=mask, axis_name=axes, **(context or {})):
@@ -419,7 +440,7 @@ def see_mapped(model, params, x, mask=None, axes=("batch",), context=None):
 
 
 def layer_statistics(tree):
-  """What BNP takes from a tree."""
+  """Return the `LayerStatistics` in a tree."""
   is_statistics = lambda x: isinstance(x, LayerStatistics)
   return [x for x in jax.tree.leaves(tree, is_leaf=is_statistics) if is_statistics(x)]
 
@@ -437,20 +458,20 @@ def layer_statistics(tree):
     pytest.param(nn.remat(problems.MLP)(), (8, 5), {}, id="remat"),
   ],
 )
-def test_a_mapped_axis_sees_the_whole_batch(model, shape, context):
+def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch(model, shape, context):
   x = uniform(*shape)
   params = init(model, x)
-  expected = layer_statistics(see(model, params, x, context=context))
+  expected = layer_statistics(sow(model, params, x, context=context))
   for axes, sizes in ((("batch",), (4,)), (("a", "b"), (2, 2))):
     split = x.reshape(*sizes, -1, *shape[1:])
-    actual = see_mapped(model, params, split, axes=axes, context=context)
+    actual = sow_mapped(model, params, split, axes=axes, context=context)
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("example_axes", [1, 2])
 @pytest.mark.parametrize("mask_axes", [1, 2])
 def test_padding_along_a_mapped_axis(example_axes, mask_axes):
-  """Some have no padding, one has nothing else."""
+  """Some parts have no padding, one is all padding."""
   mask = np.arange(40).reshape(8, 5) % 7 < 5
   mask[2:4] = False
   mask = mask if mask_axes == 2 else mask[:, 0]
@@ -458,9 +479,9 @@ def test_padding_along_a_mapped_axis(example_axes, mask_axes):
   model = nn.Dense(2)
   params = init(model, x)
   context = {"example_axes": example_axes}
-  expected = layer_statistics(see(model, params, x, context={**context, "mask": mask}))
+  expected = layer_statistics(sow(model, params, x, context={**context, "mask": mask}))
   split = (a.reshape(4, 2, *a.shape[1:]) for a in (x, mask))
-  actual = see_mapped(model, params, *split, context=context)
+  actual = sow_mapped(model, params, *split, context=context)
   chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
 
@@ -469,16 +490,16 @@ def test_single_examples_along_a_mapped_axis(mask):
   """An example that is mapped alone has no example axis, and its positions are not examples."""
   x, model = uniform(8, 5, 3), nn.Conv(2, (3,))
   params = init(model, x)
-  expected = layer_statistics(see(model, params, x, context={"mask": mask}))
-  actual = see_mapped(model, params, x, mask, context={"example_axes": 0})
+  expected = layer_statistics(sow(model, params, x, context={"mask": mask}))
+  actual = sow_mapped(model, params, x, mask, context={"example_axes": 0})
   chex.assert_trees_all_close(actual, expected, rtol=1e-5)
 
 
 def test_micro_batches_of_a_mapped_axis_add_up():
   x, model = uniform(8, 5, 3), nn.Dense(2)
   params = init(model, x)
-  (expected,) = layer_statistics(see(model, params, x))
-  parts = [see_mapped(model, params, part.reshape(2, 2, 5, 3)) for part in (x[:4], x[4:])]
+  (expected,) = layer_statistics(sow(model, params, x))
+  parts = [sow_mapped(model, params, part.reshape(2, 2, 5, 3)) for part in (x[:4], x[4:])]
   (both,) = jax.tree.map(jnp.add, *parts)
   assert (both.examples, both.rows) == (expected.examples, expected.rows) == (8, 40)
   np.testing.assert_allclose(both.mean, expected.mean, rtol=1e-5)
@@ -504,15 +525,15 @@ def test_an_axis_name_of_no_mapped_axis():
   x = uniform(4, 5)
   params = init(nn.Dense(3), x)
   with pytest.raises(NameError, match="unbound axis name: batch"):
-    see(nn.Dense(3), params, x, context={"axis_name": "batch"})
+    sow(nn.Dense(3), params, x, context={"axis_name": "batch"})
 
 
-# Ways to lose statistics: each is loud, and says what to do.
+# Ways to lose statistics: each is an error with a remedy.
 
 
 def update(model, params, x, layers=None, **context):
   tx = bnp_optax.scale_by_bnp(layers=layers)
-  stats = see(model, params, x, context=context)
+  stats = sow(model, params, x, context=context)
   return jax.jit(tx.update)(params, tx.init(params), stats=stats)
 
 
@@ -532,7 +553,7 @@ def test_lost_under_scan():
 def test_a_scanned_stack_without_layers_is_never_taken_for_a_convolution(features):
   x, model = uniform(5, features), Scanned(features=features)
   params = init(model, x)
-  stats = see(model, params, x)
+  stats = sow(model, params, x)
   unbiased = {"block": {"kernel": params["block"]["kernel"]}}
   for p, match in ((params, "block: the bias has shape"), (unbiased, "block: .*under nn.scan")):
     tx = bnp_optax.scale_by_bnp()
@@ -572,7 +593,7 @@ def test_context_around_a_function_that_is_traced_already():
 
 
 class Custom(nn.Module):
-  """A linear layer of the user's own."""
+  """A module with its own linear kernel."""
 
   @nn.compact
   def __call__(self, x):
@@ -601,7 +622,7 @@ def test_a_masked_kernel_is_refused():
     bnp_optax.linen.layers(model, x, strict=True)
 
 
-def test_a_layer_called_with_two_meanings_is_refused_where_it_is_wanted():
+def test_a_layer_called_with_two_meanings_is_refused():
   class Tied(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -611,7 +632,7 @@ def test_a_layer_called_with_two_meanings_is_refused_where_it_is_wanted():
 
   x = uniform(5, 2)
   params = init(Tied(), x)
-  stats = see(Tied(), params, x)
+  stats = sow(Tied(), params, x)
   layers = bnp_optax.linen.layers(Tied(), x)
   assert "NO: it is called with two different meanings" in str(layers)
   tx = bnp_optax.scale_by_bnp(layers=layers)
@@ -631,6 +652,6 @@ def test_nn_vmap_over_examples():
   )
   x = uniform(5, 3)
   params = init(nn.Dense(2), x)
-  whole = see(nn.Dense(2), params, x)
-  mapped = see(over(2), params, x, context={"example_axes": 0, "axis_name": "batch"})
+  whole = sow(nn.Dense(2), params, x)
+  mapped = sow(over(2), params, x, context={"example_axes": 0, "axis_name": "batch"})
   chex.assert_trees_all_close(mapped, whole, rtol=1e-6)

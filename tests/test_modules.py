@@ -1,13 +1,11 @@
 """The imports between the modules of the library are those that docs/contributing.md lists."""
 
 import ast
-import graphlib
 import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = ROOT / "bnp_optax"
-FLAX_FREE = {"_layout", "_statistics", "_preconditioner", "_matching", "_running", "_transform"}
 
 
 def imported(path):
@@ -51,15 +49,3 @@ def test_the_map_lists_every_import():
     assert imports <= listed[module], module
   for names in ({"linen", "nnx"}, *({name} for name in listed.keys() - {"linen", "nnx"})):
     assert set.union(*(listed[name] for name in names)) <= set.union(*(actual[n] for n in names))
-
-
-def test_imports_have_no_cycle():
-  graphlib.TopologicalSorter(imports_within()).prepare()
-
-
-def test_what_the_core_does_not_import():
-  for module, imports in modules().items():
-    packages = {name.partition(".")[0] for name in imports}
-    assert not packages & {"bnp_experiments", "benchmarks"}
-    assert module not in FLAX_FREE or "flax" not in packages
-  assert not {name.partition(".")[0] for name in modules()["_preconditioner"]} & {"flax", "optax"}

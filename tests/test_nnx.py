@@ -1,4 +1,4 @@
-"""`bnp_optax.nnx`: the same statistics and updates as in Linen, and no trace left behind."""
+"""`bnp_optax.nnx`: the same statistics and updates as in Linen, and classes that are restored."""
 
 import concurrent.futures
 import contextlib
@@ -24,7 +24,7 @@ ORIGINALS = [kind.__dict__["__call__"] for kind in KINDS]
 
 
 @pytest.fixture(autouse=True)
-def no_trace_is_left():
+def classes_are_restored():
   yield
   assert [kind.__dict__["__call__"] for kind in KINDS] == ORIGINALS
 
@@ -34,7 +34,7 @@ def rngs():
 
 
 def build(make):
-  """The model `make(rngs)`, initialized in one program."""
+  """Return the model `make(rngs)`, initialized in one program."""
   return nnx.jit(lambda: make(rngs()))()
 
 
@@ -128,7 +128,7 @@ def rnn(cell):
 
 
 def as_in_linen(state):
-  """The parameters as dictionaries, with Linen's names."""
+  """Return the parameters as dictionaries, with Linen's names."""
   names = {"dense_i": "i", "dense_h": "h"}
   rename = lambda tree: (
     {names.get(k, k): rename(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
@@ -137,7 +137,7 @@ def as_in_linen(state):
 
 
 def update(layers, params, grads, stats):
-  """The first update."""
+  """Return the first update."""
   tx = bnp_optax.scale_by_bnp(layers=layers)
   return jax.jit(lambda: tx.update(grads, tx.init(params), stats=stats)[0])()
 
@@ -227,7 +227,7 @@ def test_twins(kind):
 
 
 def check_update(layers, model, grads, stats, entries, tolerance=1e-12):
-  """Checks the first update from `grads` and `stats` against the paper's loops."""
+  """Check the first update from `grads` and `stats` against the paper's loops."""
   updates = nnx.to_pure_dict(update(layers, nnx.state(model, nnx.Param), grads, stats))
   grads = jax.tree.map(np.asarray, nnx.to_pure_dict(grads))
   expected = unrolled.step(entries, grads, {})
@@ -236,7 +236,7 @@ def check_update(layers, model, grads, stats, entries, tolerance=1e-12):
 
 
 def test_decoding():
-  """Each step of decode mode sees what causal attention sees at that position."""
+  """Each step of decode mode has the inputs of causal attention at that position."""
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     model = build(lambda rngs: nnx.MultiHeadAttention(2, 3, 4, decode=True, rngs=rngs, **P))
     x = uniform(N, 4, 3, dtype=jnp.float64)
@@ -417,7 +417,7 @@ def test_scanned_layers(remat):
     tx.update(no_bias, tx.init(no_bias), stats=stats)
 
 
-def test_a_mapped_axis_sees_the_whole_batch():
+def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch():
   """One layer of the model is called twice."""
   with jax.enable_x64(True):
     model = build(functools.partial(MLP, dtype=jnp.float64))
@@ -457,7 +457,7 @@ def test_a_function_traced_before_without_axis_name():
 def test_without_capture():
   model, x = MLP(rngs()), uniform(N, 5)
   with pytest.raises(ValueError, match=r"nnx.capture\(model, bnp_optax.nnx.Statistics\)"):
-    nnx.jit(lambda model, x: loss_fn_without(model, x))(model, x)
+    nnx.jit(loss_fn_without)(model, x)
   with sow_statistics(), pytest.raises(ValueError, match="its statistics are not captured"):
     nnx.capture(model, nnx.Intermediate)(x)
 
@@ -550,7 +550,7 @@ def test_threads():
 @pytest.mark.parametrize(
   "make", [bnp_optax.scale_by_bnp, lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9))]
 )
-def test_parameters_that_say_how_they_are_split(make):
+def test_parameters_with_partitioning_metadata(make):
   kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
   x = uniform(N, 5)
 
@@ -585,7 +585,7 @@ def test_a_param_shared_by_two_modules_is_in_the_table_across_a_transform():
     bnp_optax.nnx.layers(Tied(rngs()), uniform(N, 4), strict=True)
 
 
-def test_layers_that_were_not_seen_are_named_with_their_kernels():
+def test_missing_layers_are_named_with_their_kernels():
   model = nnx.LoRA(5, 2, 4, rngs=rngs())
   layers = bnp_optax.nnx.layers(model, uniform(N, 5))
   params = nnx.state(model, nnx.LoRAParam)

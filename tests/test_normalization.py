@@ -21,7 +21,7 @@ STEPS = [RNG.normal(loc, scale, (6, 3, 8)) for loc, scale in ((2, 3), (1, 0.2), 
 
 
 def apply(norm, stats, x, *, inference=False):
-  """Outputs, and the running statistics afterwards, of a layer with SCALE and BIAS."""
+  """Return the outputs and the new running statistics of a layer with SCALE and BIAS."""
   y, updates = norm.apply(
     {"params": {"scale": SCALE, "bias": BIAS}, "batch_stats": stats},
     x,
@@ -43,7 +43,7 @@ def close(actual, expected):
 
 
 def check_gradient(train, frozen, x):
-  """The gradient of `train` at x is that of `frozen`, in which what has no gradient is constant."""
+  """Check that the gradient of `train` at x is that of `frozen`, whose statistics are constants."""
   weights = RNG.normal(size=x.shape)
   actual = jax.jit(jax.grad(lambda x: jnp.sum(train(x) * weights)))(x)
   step = 1e-6

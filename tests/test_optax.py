@@ -1,4 +1,6 @@
-"""BNP within Optax: the contract of its own optimizers, and every wrapper of it."""
+"""BNP within Optax: the contract of Optax's own optimizers, and BNP inside each wrapper."""
+
+import functools
 
 import chex
 import jax
@@ -8,39 +10,42 @@ import optax
 import pytest
 
 import bnp_optax
-from tests import problems
+from tests import problems, reference
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "x64")
 
 RATE = 1e-2
-MODEL = problems.MLP()
-OPTIMIZERS = {
-  "scale_by_bnp": lambda **kwargs: bnp_optax.scale_by_bnp(**kwargs),
-  **{
-    name: lambda inner=inner, **kwargs: bnp_optax.bnp(inner, **kwargs)
-    for name, inner in {
-      "sgd": optax.sgd(RATE),
-      "momentum": optax.sgd(RATE, momentum=0.9),
-      "adam": optax.adam(RATE),
-      "adamw": optax.adamw(RATE),
-      "lion": optax.lion(RATE),
-      "rmsprop": optax.rmsprop(RATE),
-      "muon": optax.contrib.muon(RATE),
-      "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE)),
-    }.items()
-  },
+MODEL = problems.MLP("float64")
+# None is scale_by_bnp.
+INNER = {
+  "scale_by_bnp": None,
+  "sgd": optax.sgd(RATE),
+  "momentum": optax.sgd(RATE, momentum=0.9),
+  "adam": optax.adam(RATE),
+  "adamw": optax.adamw(RATE),
+  "lion": optax.lion(RATE),
+  "rmsprop": optax.rmsprop(RATE),
+  "muon": optax.contrib.muon(RATE),
+  "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(RATE)),
 }
-optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+optimizers = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+
+
+def make(inner, decay=0.99, eps_relative=1e-2, eps_absolute=1e-4):
+  """Return `scale_by_bnp` if `inner` is None, else `bnp(inner)`."""
+  if inner is None:
+    return bnp_optax.scale_by_bnp(decay, eps_relative, eps_absolute)
+  return bnp_optax.bnp(inner, decay, eps_relative, eps_absolute)
 
 
 @pytest.fixture(scope="module")
-def problem():
-  params, batch = problems.make(MODEL, (8, 5))
+def problem(x64):
+  params, batch = problems.make(MODEL, (8, 5), "float64")
   return params, batch, *problems.grads_and_stats(MODEL, params, batch)
 
 
 def stepper(tx, model=MODEL):
-  """One training step, jitted."""
+  """Return one training step, jitted."""
 
   @jax.jit
   def step(params, state, batch):
@@ -51,9 +56,10 @@ def stepper(tx, model=MODEL):
   return step
 
 
-def run(tx, params, batch, steps=3, model=MODEL):
+def run(tx, params, batches, model=MODEL):
+  """Take one step on each batch; return the parameters and the state."""
   step, state = stepper(tx, model), tx.init(params)
-  for _ in range(steps):
+  for batch in batches:
     params, state = step(params, state, batch)
   return params, state
 
@@ -62,13 +68,21 @@ def sgd_on_bnp():
   return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(RATE))
 
 
+def sgd_on_reference():
+  return optax.chain(reference.bnp(), optax.sgd(RATE))
+
+
+def close(actual, expected):
+  chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
 # The contract of Optax's contributed optimizers.
 
 
 @optimizers
-def test_unexpected_extra_arguments_and_one_compilation(make, problem):
+def test_unexpected_extra_arguments_and_one_compilation(inner, problem):
   params, _, grads, stats = problem
-  tx, traces = make(), []
+  tx, traces = make(inner), []
 
   @jax.jit
   def update(grads, state, params, stats, value):
@@ -82,44 +96,25 @@ def test_unexpected_extra_arguments_and_one_compilation(make, problem):
 
 
 @optimizers
-def test_map_params(make, problem):
+def test_map_params(inner, problem):
   params, *_ = problem
-  state = jax.tree.map(lambda v: v + 1, make().init(params))
-  chex.assert_trees_all_equal(optax.tree.map_params(make(), lambda v: v, state), state)
-  tripled = optax.tree.map_params(make(), lambda v: 3 * v, state)
+  state = jax.tree.map(lambda v: v + 1, make(inner).init(params))
+  chex.assert_trees_all_equal(optax.tree.map_params(make(inner), lambda v: v, state), state)
+  tripled = optax.tree.map_params(make(inner), lambda v: 3 * v, state)
   for name in ("input_mean", "input_variance"):
     expected = jax.tree.map(lambda v: 3 * v, optax.tree.get(state, name))
     chex.assert_trees_all_equal(optax.tree.get(tripled, name), expected)
 
 
 @optimizers
-def test_inject_hyperparams(make, problem):
-  params, _, grads, stats = problem
-  hyperparameters = {"decay": 0.9, "eps_relative": 0.05, "eps_absolute": 1e-3}
-  plain = make(**hyperparameters)
-
-  # inject_hyperparams reads the signature, so it is given one.
-  def factory(decay, eps_relative, eps_absolute):
-    return make(decay=decay, eps_relative=eps_relative, eps_absolute=eps_absolute)
-
-  injected = optax.inject_hyperparams(factory)(**hyperparameters)
-  expected, expected_state = jax.jit(plain.update)(grads, plain.init(params), params, stats=stats)
-  updates, state = jax.jit(injected.update)(
-    grads, jax.jit(injected.init)(params), params, stats=stats
-  )
-  chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
-  chex.assert_trees_all_close(state.inner_state, expected_state, rtol=1e-5, atol=1e-6)
-
-
-@optimizers
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_dtypes_are_kept_and_the_state_is_stable(make, dtype):
+def test_dtypes_are_kept_and_the_state_is_stable(inner, dtype):
   """Through lax.cond and lax.scan, which demand that nothing about the state changes."""
   with jax.enable_x64(dtype == "float64"):
     model = problems.MLP(dtype)
     params, batch = problems.make(model, (4, 3), dtype)
     grads, stats = problems.grads_and_stats(model, params, batch)
-    tx = make()
+    tx = make(inner)
 
     def steps(state):
       def body(state, _):
@@ -136,23 +131,23 @@ def test_dtypes_are_kept_and_the_state_is_stable(make, dtype):
 
 
 @optimizers
-def test_abstract_init(make, problem):
+def test_abstract_init(inner, problem):
   params, *_ = problem
-  abstract = jax.eval_shape(make().init, params)
-  again = jax.eval_shape(make().init, jax.eval_shape(lambda: params))
-  concrete = make().init(params)
+  abstract = jax.eval_shape(make(inner).init, params)
+  again = jax.eval_shape(make(inner).init, jax.eval_shape(lambda: params))
+  concrete = make(inner).init(params)
   for tree in (abstract, again):
     chex.assert_trees_all_equal_shapes_and_dtypes(tree, concrete)
 
 
 @optimizers
-def test_sharded_parameters_keep_their_sharding(make):
+def test_sharded_parameters_keep_their_sharding(inner):
   model = problems.MLP()
   params, batch = problems.make(model, (8, 8))
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   params["first"]["kernel"] = jax.device_put(params["first"]["kernel"], sharding)
-  tx = make()
+  tx = make(inner)
   grads, stats = problems.grads_and_stats(model, params, batch)
 
   @jax.jit
@@ -164,169 +159,243 @@ def test_sharded_parameters_keep_their_sharding(make):
   assert new.sharding.is_equivalent_to(sharding, new.ndim)
 
 
-# What a user wraps around it.
+# BNP inside the wrappers of Optax. Every expectation is that of `tests.reference`, in NumPy.
+
+
+@optimizers
+def test_inject_hyperparams(inner, problem):
+  params, batch, *_ = problem
+  tx = optax.inject_hyperparams(functools.partial(make, inner))(
+    decay=lambda count: 0.9 / (1 + count), eps_relative=0.05, eps_absolute=1e-3
+  )
+  actual, state = run(tx, params, [batch])
+  expected, _ = reference.train(
+    reference.bnp(inner, rho=0.9, eps_1=0.05, eps_2=1e-3), MODEL, params, [batch]
+  )
+  close(actual, expected)
+  assert state.hyperparams["decay"] == 0.9
 
 
 def test_chain_and_named_chain(problem):
   params, batch, *_ = problem
-  expected, _ = run(sgd_on_bnp(), params, batch)
+  expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch] * 3)
+  actual, _ = run(sgd_on_bnp(), params, [batch] * 3)
+  close(actual, expected)
   named = optax.named_chain(("bnp", bnp_optax.scale_by_bnp()), ("sgd", optax.sgd(RATE)))
-  actual, state = run(named, params, batch)
-  chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+  actual, state = run(named, params, [batch] * 3)
+  close(actual, expected)
   assert state["bnp"].count == 3
 
 
-@pytest.mark.parametrize("make", [sgd_on_bnp, OPTIMIZERS["adam"]], ids=["chain", "bnp"])
-def test_layers_left_out_with_masked_or_partition_and_frozen(make, problem):
-  """One layer is BNP's alone: it moves as it would in a model where the other is frozen."""
+@pytest.mark.parametrize("kind", ["masked", "partition", "freeze", "selective_transform"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_layers_left_out_with_masked_or_partition_and_frozen(kind, name, problem):
+  """The layer that is not frozen takes the steps that it takes in the whole model."""
   params, batch, *_ = problem
-  mask = {"first": True, "second": False}
-  frozen = {"first": False, "second": True}
+  inner = INNER[name]
+  mask, frozen = {"first": True, "second": False}, {"first": False, "second": True}
+  leaves = {layer: jax.tree.map(lambda _, f=f: f, params[layer]) for layer, f in frozen.items()}
   label = {"first": "bnp", "second": "frozen"}
-  wrapped = {
-    "masked": optax.chain(optax.masked(make(), mask), optax.freeze(frozen)),
-    "partition": optax.partition({"bnp": make(), "frozen": optax.set_to_zero()}, label),
-    "freeze": optax.chain(make(), optax.freeze(frozen)),
-    "selective_transform": optax.selective_transform(
-      make(),
-      freeze_mask=jax.tree.map(lambda _: False, params)
-      | {"second": jax.tree.map(lambda _: True, params["second"])},
+  tx = {
+    "masked": lambda: optax.chain(optax.masked(make(inner), mask), optax.freeze(frozen)),
+    "partition": lambda: optax.partition(
+      {"bnp": make(inner), "frozen": optax.set_to_zero()}, label
     ),
-  }
-  results = {name: run(tx, params, batch)[0] for name, tx in wrapped.items()}
-  for name, result in results.items():
-    chex.assert_trees_all_equal(result["second"], params["second"])
-    chex.assert_trees_all_close(result["first"], results["masked"]["first"], rtol=1e-6), name
-  assert not np.allclose(results["masked"]["first"]["kernel"], params["first"]["kernel"])
+    "freeze": lambda: optax.chain(make(inner), optax.freeze(frozen)),
+    "selective_transform": lambda: optax.selective_transform(make(inner), freeze_mask=leaves),
+  }[kind]()
+  actual, _ = run(tx, params, [batch] * 3)
+  expected, _ = reference.train(
+    optax.chain(reference.bnp(inner), optax.freeze(frozen)), MODEL, params, [batch] * 3
+  )
+  close(actual, expected)
+  chex.assert_trees_all_equal(actual["second"], params["second"])
 
 
 def test_two_bnp_optimizers_share_one_model(problem):
-  """partition: each kernel belongs to one of them, and each takes its statistics from the same."""
+  """Under partition, each kernel belongs to one of them; both take the same statistics."""
   params, batch, *_ = problem
   both = optax.partition(
     {"a": sgd_on_bnp(), "b": bnp_optax.bnp(optax.sgd(RATE))}, {"first": "a", "second": "b"}
   )
-  expected, _ = run(sgd_on_bnp(), params, batch)
-  actual, _ = run(both, params, batch)
-  chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-7)
+  actual, _ = run(both, params, [batch] * 3)
+  expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch] * 3)
+  close(actual, expected)
 
 
 def test_apply_if_finite_skips_the_step_and_the_statistics(problem):
   params, (x, y), *_ = problem
-  tx = optax.apply_if_finite(OPTIMIZERS["adam"](), max_consecutive_errors=3)
+  tx = optax.apply_if_finite(make(INNER["adam"]), max_consecutive_errors=3)
   step, state = stepper(tx), tx.init(params)
-  params, state = step(params, state, (x, y))
-  kept, state_after = step(params, state, (x.at[0].set(jnp.nan), y))
-  chex.assert_trees_all_equal(kept, params)
+  once, state = step(params, state, (x, y))
+  kept, state_after = step(once, state, (x.at[0].set(jnp.nan), y))
+  chex.assert_trees_all_equal(kept, once)
   chex.assert_trees_all_equal(state_after.inner_state, state.inner_state)
   assert state_after.total_notfinite == 1
+  twice, _ = step(kept, state_after, (x, y))
+  expected, _ = reference.train(reference.bnp(INNER["adam"]), MODEL, params, [(x, y)] * 2)
+  close(twice, expected)
 
 
 def test_without_a_guard_nan_gradients_pass_but_the_statistics_survive(problem):
-  """After max_consecutive_errors, apply_if_finite lets the step through; the state stays clean."""
+  """After max_consecutive_errors, apply_if_finite passes the step on; the state stays finite."""
   params, (x, y), *_ = problem
-  tx = optax.apply_if_finite(OPTIMIZERS["sgd"](), max_consecutive_errors=0)
-  _, state = run(tx, params, (x.at[0].set(jnp.nan), y), steps=1)
+  tx = optax.apply_if_finite(make(INNER["sgd"]), max_consecutive_errors=0)
+  step = stepper(tx)
+  broken, state = step(params, tx.init(params), (x.at[0].set(jnp.nan), y))
+  assert np.isnan(broken["first"]["kernel"]).any()
   statistics = state.inner_state.statistics
   chex.assert_tree_all_finite(statistics)
   assert statistics.nonfinite_count == 2
+  actual, _ = step(params, state, (x, y))
+  expected, _ = reference.train(sgd_on_reference(), MODEL, params, [(x, y)])
+  close(actual, expected)
 
 
 def test_lookahead_is_refused(problem):
-  """It calls its optimizer without extra arguments: the statistics cannot get through."""
-  params, _, grads, stats = problem
+  """It calls its optimizer without extra arguments, but inside a step they can be bound."""
+  params, batch, grads, stats = problem
   tx = optax.with_extra_args_support(optax.lookahead(sgd_on_bnp(), 5, 0.5))
-  fast_and_slow = optax.LookaheadParams.init_synced(params)
+  both = optax.LookaheadParams.init_synced(params)
   with pytest.raises(ValueError, match="A wrapper that drops extra arguments drops them too"):
-    tx.update(grads, tx.init(fast_and_slow), fast_and_slow, stats=stats)
+    tx.update(grads, tx.init(both), both, stats=stats)
+  inner = sgd_on_bnp()
+  bound = optax.GradientTransformation(inner.init, functools.partial(inner.update, stats=stats))
+  tx = optax.lookahead(bound, 5, 0.5)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(both), both)
+  expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch])
+  close(optax.apply_updates(params, updates.fast), expected)
 
 
-def test_schedule_free_around_bnp(problem):
-  """With frozen coordinates it is schedule-free SGD preconditioned; here: it runs and learns."""
+WRAPPERS = {
+  "schedule_free": lambda inner: optax.contrib.schedule_free(inner, RATE),
+  "mechanize": optax.contrib.mechanize,
+  "ema": lambda inner: optax.chain(inner, optax.ema(0.9)),
+  "apply_every": lambda inner: optax.chain(inner, optax.apply_every(2)),
+  "clip": lambda inner: optax.chain(inner, optax.clip_by_global_norm(1e-3)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_takes_the_steps_that_it_takes_around_the_reference(name, problem):
   params, batch, *_ = problem
-  tx = optax.contrib.schedule_free(bnp_optax.bnp(optax.sgd(RATE)), RATE)
-  loss = lambda p: problems.loss_fn(MODEL)(p, batch)[0]
-  trained, state = run(tx, params, batch, steps=50)
-  assert loss(optax.contrib.schedule_free_eval_params(state, trained)) < 0.8 * loss(params)
+  tx = WRAPPERS[name](bnp_optax.bnp(optax.sgd(RATE)))
+  actual, state = run(tx, params, [batch] * 3)
+  expected, expected_state = reference.train(
+    WRAPPERS[name](reference.bnp(optax.sgd(RATE))), MODEL, params, [batch] * 3
+  )
+  close(actual, expected)
+  if name == "schedule_free":
+    evaluate = optax.contrib.schedule_free_eval_params
+    close(evaluate(state, actual), evaluate(expected_state, expected))
 
 
-def test_mechanize_around_bnp(problem):
+def test_conditionally_mask(problem):
+  """All updates but the second are masked out."""
   params, batch, *_ = problem
-  loss = lambda p: problems.loss_fn(MODEL)(p, batch)[0]
-  trained, _ = run(optax.contrib.mechanize(bnp_optax.bnp(optax.sgd(RATE))), params, batch, 100)
-  assert loss(trained) < 0.5 * loss(params)
+  tx = optax.conditionally_mask(
+    bnp_optax.bnp(optax.sgd(RATE)), lambda step, **extra_args: step == 1
+  )
+  actual, _ = run(tx, params, [batch] * 3)
+  expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch])
+  close(actual, expected)
+
+
+@pytest.mark.xfail(strict=True, reason="its init concatenates the parameters, and is refused")
+def test_flatten_inside_bnp(problem):
+  """Adam takes the same steps on one vector of all coordinates z."""
+  params, batch, *_ = problem
+  actual, _ = run(bnp_optax.bnp(optax.flatten(INNER["adam"])), params, [batch] * 3)
+  expected, _ = reference.train(reference.bnp(INNER["adam"]), MODEL, params, [batch] * 3)
+  close(actual, expected)
+
+
+@pytest.mark.xfail(strict=True, reason="BNP is given one vector and passes it through")
+def test_flatten_around_bnp_is_refused(problem):
+  """The parameters are one vector without a kernel, so that nothing would be preconditioned."""
+  params, _, grads, stats = problem
+  tx = optax.flatten(bnp_optax.scale_by_bnp())
+  with pytest.raises(ValueError, match="layer"):
+    tx.update(grads, tx.init(params), params, stats=stats)
+
+
+def precondition(tree, problem):
+  """Return P P^T of the first batch, times a tree."""
+  params, batch, *_ = problem
+  _, calls = reference.gradients(MODEL, params, batch)
+  tx = reference.bnp()
+  return tx.update(jax.tree.map(np.asarray, tree), tx.init(params), calls=calls)[0]
+
+
+def first_update(tx, problem):
+  params, _, grads, stats = problem
+  return jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)[0]
 
 
 def test_clipping_before_and_after(problem):
   """Before: the raw gradient is clipped. After: the preconditioned one is."""
-  params, _, grads, stats = problem
+  grads = problem[2]
   clip, bnp = optax.clip_by_global_norm(0.1), bnp_optax.scale_by_bnp()
-  update = lambda tx: jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)[0]
-  after = update(optax.chain(bnp, clip))
-  np.testing.assert_allclose(optax.tree.norm(after), 0.1, rtol=1e-6)
-  before = update(optax.chain(clip, bnp))
-  scale = 0.1 / optax.tree.norm(grads)
-  chex.assert_trees_all_close(before, jax.tree.map(lambda u: scale * u, update(bnp)), rtol=1e-5)
+  clipped = lambda tree: jax.tree.map(lambda x: x * 0.1 / optax.tree.norm(tree), tree)
+  close(first_update(optax.chain(bnp, clip), problem), clipped(precondition(grads, problem)))
+  close(first_update(optax.chain(clip, bnp), problem), precondition(clipped(grads), problem))
 
 
 def test_weight_decay_in_each_place(problem):
   """After BNP it decays theta, and in bnp(adamw) too; before BNP, it is preconditioned."""
-  params, _, grads, stats = problem
+  params, _, grads, _ = problem
   bnp, decay = bnp_optax.scale_by_bnp(), optax.add_decayed_weights(0.1)
-  zero = jax.tree.map(jnp.zeros_like, grads)
-  update = lambda tx, g=zero: jax.jit(tx.update)(g, tx.init(params), params, stats=stats)[0]
-  decayed = jax.tree.map(lambda p: 0.1 * p, params)
-  chex.assert_trees_all_equal(update(optax.chain(bnp, decay)), decayed)
-  chex.assert_trees_all_close(update(bnp_optax.bnp(decay)), decayed, rtol=1e-5, atol=1e-7)
-  preconditioned = update(optax.chain(decay, bnp))
-  chex.assert_trees_all_close(preconditioned, update(bnp, decayed), rtol=1e-6)
-  assert not np.allclose(preconditioned["first"]["kernel"], decayed["first"]["kernel"])
+  plus_decay = lambda tree: jax.tree.map(lambda u, p: u + 0.1 * p, tree, params)
+  decoupled = plus_decay(precondition(grads, problem))
+  close(first_update(optax.chain(bnp, decay), problem), decoupled)
+  close(first_update(bnp_optax.bnp(decay), problem), decoupled)
+  coupled = precondition(plus_decay(grads), problem)
+  close(first_update(optax.chain(decay, bnp), problem), coupled)
 
 
-def test_ema_of_parameters(problem):
+def test_tree_get_and_set(problem):
+  """By field names, which are not those of Adam."""
   params, batch, *_ = problem
-  tx, ema = sgd_on_bnp(), optax.ema(0.9, debias=False)
-  step, state, ema_state = stepper(tx), tx.init(params), ema.init(params)
-  expected = jax.tree.map(jnp.zeros_like, params)
-  for _ in range(3):
-    params, state = step(params, state, batch)
-    averaged, ema_state = ema.update(params, ema_state)
-    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, expected, params)
-  chex.assert_trees_all_close(averaged, expected, rtol=1e-5)
+  tx = bnp_optax.bnp(optax.adam(RATE))
+  trained, state = run(tx, params, [batch] * 3)
+  expected, (running, inner_state) = reference.train(
+    reference.bnp(optax.adam(RATE)), MODEL, params, [batch] * 3
+  )
+  for name, (mean, variance) in running.items():
+    close(optax.tree.get(state, "input_mean")[name]["kernel"], mean)
+    close(optax.tree.get(state, "input_variance")[name]["kernel"], variance)
+  close(optax.tree.get(state, "mu"), optax.tree.get(inner_state, "mu"))
 
-
-def test_tree_get_and_set_in_a_chain_with_adam(problem):
-  params, batch, *_ = problem
-  tx = optax.chain(bnp_optax.bnp(optax.adam(RATE)), optax.scale_by_adam())
-  _, state = run(OPTIMIZERS["adam"](), params, batch)
-  assert optax.tree.get(state, "input_mean")["first"]["kernel"].shape == (5,)
-  assert optax.tree.get(state, "mu")["first"]["kernel"].shape == (5, 4)
-  variance = jax.tree.map(jnp.zeros_like, optax.tree.get(state, "input_variance"))
-  state = optax.tree.set(state, input_variance=variance)
-  chex.assert_trees_all_equal(optax.tree.get(state, "input_variance"), variance)
-  assert jax.eval_shape(tx.init, params)
+  new = jax.tree.map(lambda v: 4 * v, optax.tree.get(state, "input_variance"))
+  actual, _ = stepper(tx)(trained, optax.tree.set(state, input_variance=new), batch)
+  running = {name: (mean, 4 * variance) for name, (mean, variance) in running.items()}
+  grads, calls = reference.gradients(MODEL, expected, batch)
+  updates, _ = reference.bnp(optax.adam(RATE)).update(
+    grads, (running, inner_state), expected, calls=calls
+  )
+  close(actual, optax.apply_updates(expected, updates))
 
 
 def test_multisteps_hands_over_the_last_micro_batch_alone(problem):
-  """This cannot be seen from inside: the statistics are those of one micro-batch."""
+  """BNP cannot detect it: the gradient is the mean, the statistics those of one micro-batch."""
   params, (x, y), *_ = problem
-  tx = optax.MultiSteps(sgd_on_bnp(), every_k_schedule=2)
-  step, state = stepper(tx), tx.init(params)
-  new = params
-  for half in (slice(4), slice(4, 8)):
-    new, state = step(new, state, (x[half], y[half]))
-  _, last = run(sgd_on_bnp(), params, (x[4:], y[4:]), steps=1)
-  mean = optax.tree.get(state, "input_mean")["first"]["kernel"]
-  np.testing.assert_allclose(mean, optax.tree.get(last, "input_mean")["first"]["kernel"], rtol=1e-6)
-  _, whole = run(sgd_on_bnp(), params, (x, y), steps=1)
-  assert not np.allclose(mean, optax.tree.get(whole, "input_mean")["first"]["kernel"])
+  halves = [(x[half], y[half]) for half in (slice(4), slice(4, 8))]
+  tx = optax.MultiSteps(sgd_on_bnp(), every_k_schedule=2, accumulator_dtype=jnp.float64)
+  actual, state = run(tx, params, halves)
+  (first, _), (second, calls) = (reference.gradients(MODEL, params, half) for half in halves)
+  mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+  tx = sgd_on_reference()
+  updates, _ = tx.update(mean, tx.init(params), params, calls=calls)
+  close(actual, optax.apply_updates(params, updates))
+  last = optax.tree.get(state, "input_mean")["first"]["kernel"]
+  close(last, 0.01 * np.mean(halves[1][0], axis=0))
 
 
 # Gradient accumulation.
 
 
 def accumulated(model, tx, k):
-  """One step on the mean gradient of k micro-batches, with Optax's own micro-batching."""
+  """Return one step on the mean gradient of k micro-batches, by Optax's own micro-batching."""
   mean, total = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
 
   @jax.jit
@@ -341,18 +410,21 @@ def accumulated(model, tx, k):
   return step
 
 
-@pytest.mark.parametrize("make", [sgd_on_bnp, OPTIMIZERS["adam"]], ids=["chain", "bnp"])
+@pytest.mark.parametrize("name", ["scale_by_bnp", "adam"])
 @pytest.mark.parametrize(
-  ("model", "k"),
-  [(problems.MLP("float64"), 12), (problems.CNN("float64"), 4)],
+  ("model", "shape", "k"),
+  [(MODEL, (12, 5), 12), (problems.CNN("float64"), (12, 6, 6, 2), 4)],
   ids=["mlp, 12", "cnn, 4"],
 )
-def test_k_micro_batches_are_exactly_one_big_batch(make, model, k):
-  with jax.enable_x64(True):
-    shape = (12, 5) if isinstance(model, problems.MLP) else (12, 6, 6, 2)
-    params, batch = problems.make(model, shape, "float64")
-    whole, parts = stepper(make(), model), accumulated(model, make(), k)
-    a = b = (params, make().init(params))
-    for _ in range(3):
-      a, b = whole(*a, batch), parts(*b, batch)
-    chex.assert_trees_all_close(a, b, rtol=1e-11, atol=1e-13)
+def test_k_micro_batches_are_exactly_one_big_batch(name, model, shape, k):
+  params, batch = problems.make(model, shape, "float64")
+  tx = optax.chain(make(INNER[name]), optax.scale(0.1))
+  step, carry = accumulated(model, tx, k), (params, tx.init(params))
+  for _ in range(3):
+    carry = step(*carry, batch)
+  whole = run(tx, params, [batch] * 3, model)
+  chex.assert_trees_all_close(carry, whole, rtol=1e-11, atol=1e-13)
+  expected, _ = reference.train(
+    optax.chain(reference.bnp(INNER[name]), optax.scale(0.1)), model, params, [batch] * 3
+  )
+  close(carry[0], expected)

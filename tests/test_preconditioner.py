@@ -47,7 +47,7 @@ def explicit(layer, entry):
 
 
 def columns(w, b, entry):
-  """[b, w] of one stack entry: a column an output, as the paper writes it in eq. (15)."""
+  """Return [b, w] of one stack entry, a column for each output as in eq. (15)."""
   return np.vstack([b[entry][None], w[entry].reshape(-1, w.shape[-1])])
 
 

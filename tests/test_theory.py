@@ -1,4 +1,4 @@
-"""Every statement of the paper, run. docs/theory.md says which hold, and under what conditions."""
+"""Every statement of the paper as a test. docs/theory.md lists their conditions."""
 
 import itertools
 
@@ -22,7 +22,7 @@ kappa = lambda matrix: float(conditioning.condition_number(matrix))
 
 
 def relu_network(theta, x):
-  """Two hidden units; theta = [W, b, a] by unit, so that the output is invariant under scaling."""
+  """Evaluate two hidden units, [W, b, a] each; the output is invariant under their scaling."""
   w, b, a = theta[:, :2], theta[:, 2], theta[:, 3]
   return jnp.maximum(x @ w.T + b[None], 0) @ a
 
@@ -41,7 +41,7 @@ def relu_descent(theta, x, target, rate):
 
 
 def closest_minimizer(theta, minimizer):
-  """The point of the scale-invariant manifold [t w, t b, a / t] that is nearest to theta."""
+  """Return the point of the scale-invariant manifold [t w, t b, a / t] that is nearest to theta."""
   w, a, w_0, a_0 = theta[:, :3], theta[:, 3], minimizer[:, :3], minimizer[:, 3]
   t = np.ones(len(theta))
   for _ in range(20):
@@ -88,7 +88,7 @@ def test_theorem_1(seed):
 
 @jax.jit
 def curvatures(params, batch):
-  """Hessian, S and H-hat of one unit of both layers of an MLP, and the preconditioned Hessian."""
+  """Return the Hessian, S, H-hat, P and the Hessian in z of one unit of both layers."""
   x, labels = batch
   model = problems.MLP(jnp.float64)
 
@@ -155,11 +155,11 @@ def test_proposition_2_and_theorem_3(seed, mean):
 
 
 @st.composite
-def hidden_matrices(draw, tall=True):
-  """H-hat with features of many scales, means and correlations; of full column rank if tall."""
+def hidden_matrices(draw):
+  """Return H-hat of full column rank with features of many scales, means and correlations."""
   rng = np.random.default_rng(draw(seeds))
   n = draw(st.integers(2, 8))
-  N = n + 1 + draw(st.integers(1, 30)) if tall else draw(st.integers(2, n))
+  N = n + 1 + draw(st.integers(1, 30))
   mix = np.eye(n) + draw(st.sampled_from([0.0, 1.0])) * rng.normal(size=(n, n))
   h = rng.normal(size=(N, n)) @ mix * 10 ** rng.uniform(-2, 2, n)
   h = h + draw(st.sampled_from([0.0, 0.1, 10.0])) * rng.normal(size=n)
@@ -239,7 +239,7 @@ SIZES = tuple(itertools.product((3, 30, 300), repeat=2))
 
 
 def sparse(rng, shape):
-  """Unit variance, and about one entry in the matrix that is not 0."""
+  """Return a matrix of unit variance with about one entry that is not 0."""
   p = 1 / (shape[0] * shape[1])
   return rng.choice([-1.0, 1.0], shape) * (rng.random(shape) < p) / np.sqrt(p)
 
@@ -414,7 +414,7 @@ def test_proposition_10_is_sharp():
 
 @given(seed=seeds, m=st.integers(1, 12), n=st.integers(1, 8), rank=st.integers(1, 8))
 def test_proposition_11(seed, m, n, rank):
-  """kappa(H^T S H) <= kappa(H)^2 kappa(S) for positive definite S, whatever the rank of H."""
+  """kappa(H^T S H) <= kappa(H)^2 kappa(S) for positive definite S, for H of any rank."""
   rng = np.random.default_rng(seed)
   rank = min(rank, m, n)
   H = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n))

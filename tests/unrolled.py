@@ -42,7 +42,7 @@ def get(tree, path):
 
 
 def step(entries, grads, state, **hyperparameters):
-  """The updates for the layers that entries are for: `{path: (kernel, bias)}`.
+  """Return the updates of the layers of all entries: `{path: (kernel, bias)}`.
 
   `state` is a dictionary, filled and updated: the running statistics by the number of the entry.
   """
@@ -88,7 +88,7 @@ def step(entries, grads, state, **hyperparameters):
 
 
 def relative_error(updates, expected):
-  """The largest |actual - expected| / |expected| of a layer, its kernel and bias together."""
+  """Return the largest |actual - expected| / |expected| of a layer, kernel and bias together."""
   worst = 0.0
   for (*path, kernel), (w, b) in expected.items():
     where = get(updates, path)
@@ -103,7 +103,7 @@ def relative_error(updates, expected):
 
 
 def dilate(h, dilation):
-  """Puts `dilation - 1` zeros between the positions of `h[N, *space, c]`, by loops."""
+  """Put `dilation - 1` zeros between the positions of `h[N, *space, c]`, by loops."""
   space = [(s - 1) * d + 1 for s, d in zip(h.shape[1:-1], dilation, strict=True)]
   out = np.zeros((h.shape[0], *space, h.shape[-1]))
   for index in np.ndindex(*h.shape[1:-1]):
@@ -113,7 +113,7 @@ def dilate(h, dilation):
 
 
 def windows(h, kernel, strides, dilation, padding):
-  """What each kernel entry is multiplied by, `[*window, N, *positions, c]`, by loops.
+  """Return the inputs of each kernel entry, `[*window, N, *positions, c]`, by loops.
 
   `padding` is a pair for each axis, of zeros.
   """

@@ -1,0 +1,317 @@
+"""Matching by name and shape: every error of `_matching`, raised while tracing.
+
+Errors of layers that lose their statistics inside a model are in tests/test_linen.py.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import bnp_optax
+from bnp_optax import KernelLayout, _statistics
+from bnp_optax._matching import choose_layer, find_layers, match_state, match_statistics
+from tests import problems
+
+
+@pytest.fixture(scope="module")
+def mlp():
+  params, batch = problems.make(problems.MLP(), (8, 5))
+  grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)
+  return params, grads, stats
+
+
+def raises(match, fn, *args, **kwargs):
+  """Check that a ValueError is raised while tracing, before anything is computed."""
+  with pytest.raises(ValueError, match=match):
+    jax.eval_shape(lambda: fn(*args, **kwargs))
+
+
+def params_like(**shapes):
+  return {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
+
+
+# The layers in a tree of parameters.
+
+
+def test_find_layers_by_convention():
+  params = {"b": {"kernel": jnp.ones((3, 3, 2, 4))}, "a": {"kernel": jnp.ones((2, 4))}}
+  params["a"] |= {"bias": jnp.ones(4), "scale": jnp.ones(4)}
+  first, second = find_layers(params, None)
+  assert (first.path, first.bias, first.kernel) == (("a", "kernel"), 0, 1)
+  assert (second.path, second.bias, second.kernel) == (("b", "kernel"), None, 3)
+  assert first.layout == KernelLayout.by_convention(2)
+  assert second.layout == KernelLayout.by_convention(4)
+  assert [str(first), str(second)] == ["a", "b"]
+
+
+def test_find_layers_takes_those_of_the_mapping_alone():
+  params = {"a": {"weight": jnp.ones((2, 4)), "offset": jnp.ones(4)}, **params_like(b=(2, 4))}
+  layout = KernelLayout(bias="offset")
+  (layer,) = find_layers(params, {("a", "weight"): layout})
+  assert (layer.layout, layer.kernel, layer.bias, str(layer)) == (layout, 1, 0, "a/weight")
+
+
+def test_layers_of_another_model():
+  layouts = {("conv", "kernel"): KernelLayout.by_convention(3)}
+  raises(
+    "None of the kernels in layers= is in the parameters. layers= has conv/kernel; the parameters "
+    "are params/kernel",
+    bnp_optax.scale_by_bnp(layers=layouts).init,
+    {"params": {"kernel": jnp.ones((3, 2))}},
+  )
+  raises(
+    r"Layer conv: layers= has a layout of 3 axes .* kernel has shape \(3, 2\)",
+    bnp_optax.scale_by_bnp(layers=layouts).init,
+    params_like(conv=(3, 2)),
+  )
+
+
+@pytest.mark.parametrize("away", ["kernel", "bias"])
+def test_a_mask_that_separates_kernel_and_bias(mlp, away):
+  params, _, _ = mlp
+  mask = jax.tree.map_with_path(
+    lambda path, _: path != (jax.tree_util.DictKey("first"), jax.tree_util.DictKey(away)), params
+  )
+  tx = optax.masked(bnp_optax.scale_by_bnp(), mask)
+  raises(rf"Layer first: .* its {away} is masked out.*mask both or neither", tx.init, params)
+
+
+def test_complex_kernels():
+  params = {"layer": {"kernel": jnp.ones((2, 2), jnp.complex64)}}
+  raises("Layer layer: .*real kernels.*complex64", bnp_optax.scale_by_bnp().init, params)
+
+
+def test_kernels_that_are_not_of_a_dense_or_conv():
+  init = bnp_optax.scale_by_bnp().init
+  raises(r"Layer odd: a kernel of shape \(3,\)", init, {"odd": {"kernel": jnp.ones(3)}})
+  attention = {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.ones((2, 3))}
+  raises(r"Layer query: the bias has shape \(2, 3\), .*layers=", init, {"query": attention})
+
+
+def test_choose_layer():
+  layers = find_layers(params_like(a=(2, 3), b=(3, 4)), None)
+  assert choose_layer(layers, ("b", "kernel")) is layers[1]
+  assert choose_layer(layers, ["b", "kernel"]) is layers[1]
+  assert choose_layer(layers[:1], None) is layers[0]
+  known = r"give layer= one of \[\('a', 'kernel'\), \('b', 'kernel'\)\]"
+  with pytest.raises(ValueError, match=f"Several layers: {known}"):
+    choose_layer(layers, None)
+  with pytest.raises(ValueError, match=rf"No layer at \('c',\): {known}"):
+    choose_layer(layers, ("c",))
+
+
+# The statistics of each layer.
+
+
+def statistics(features, layout=None):
+  """Return statistics of one row of ones."""
+  ones = jnp.ones(features)
+  return bnp_optax.LayerStatistics(jnp.ones(()), jnp.ones(()), ones, 0 * ones, ones, layout=layout)
+
+
+def test_match_statistics_is_in_the_order_of_the_layers():
+  params = params_like(a=(2, 3), b=(3, 4))
+  stats = {name: {"layer_statistics": statistics(n)} for name, n in (("b", 3), ("a", 2))}
+  matched = match_statistics(find_layers(params, None), jax.tree.leaves(params), stats)
+  assert [x.total.shape for x in matched] == [(2,), (3,)]
+
+
+def test_match_statistics_merges_the_calls_of_a_scan_over_time():
+  layout = dataclasses.replace(KernelLayout(), calls=(0,))
+  params, one = params_like(a=(2, 3)), statistics(2)
+  stats = {"a": {"layer_statistics": jax.tree.map(lambda x: jnp.stack([x, x, x]), one)}}
+  layers = find_layers(params, {("a", "kernel"): layout})
+  (merged,) = match_statistics(layers, jax.tree.leaves(params), stats)
+  assert (merged.examples, merged.rows, merged.total.tolist()) == (1, 3, [3, 3])
+
+
+def test_no_stats(mlp):
+  params, grads, _ = mlp
+  tx = bnp_optax.scale_by_bnp()
+  raises("call tx.update.*stats=stats", tx.update, grads, tx.init(params))
+  raises("call tx.update.*stats=stats", tx.update, grads, tx.init(params), stats=None)
+
+
+def test_stats_without_statistics(mlp):
+  params, grads, _ = mlp
+  tx = bnp_optax.scale_by_bnp()
+  for stats in ({}, {"first": {"h": (jnp.ones(3),)}}):
+    raises(
+      r'(?s)holds no LayerStatistics.*mutable=\["intermediates"\].*sow_statistics',
+      tx.update,
+      grads,
+      tx.init(params),
+      stats=stats,
+    )
+
+
+def test_a_kernel_without_statistics_is_named_with_the_remedies(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  raises(
+    "(?s)No statistics for second. There are statistics for first.*optax.partition.*layers=",
+    tx.update,
+    grads,
+    tx.init(params),
+    stats={"first": stats["first"]},
+  )
+
+
+def test_all_kernels_without_statistics_are_listed():
+  params = {f"layer_{i}": {"kernel": jnp.ones((2, 2))} for i in range(30)}
+  tx = bnp_optax.scale_by_bnp()
+  _, stats = problems.grads_and_stats(nn.Dense(1), *problems.make(nn.Dense(1), (2, 2)))
+  with pytest.raises(ValueError, match="layer_0, layer_1, ") as error:
+    tx.update(params, tx.init(params), stats={"other": stats})
+  assert all(f"layer_{i}" in str(error.value) for i in range(30))
+
+
+def test_a_layer_whose_statistics_are_undefined():
+  params = params_like(a=(2, 3), b=(2, 3))
+  stats = {
+    "a": {"layer_statistics": statistics(2)},
+    "b": {"layer_statistics": _statistics.NoStatistics("kernel", "its kernel is masked")},
+  }
+  tx = bnp_optax.scale_by_bnp()
+  raises(
+    "No statistics for b: its kernel is masked. .* optax.masked or optax.partition",
+    tx.update,
+    params,
+    tx.init(params),
+    stats=stats,
+  )
+
+
+@pytest.mark.parametrize(
+  "reported",
+  [KernelLayout(feature=(1,), output=(0,)), KernelLayout(groups=2), KernelLayout(bias="offset")],
+)
+def test_a_layer_that_reports_another_layout(reported):
+  params = params_like(a=(2, 2))
+  tx = bnp_optax.scale_by_bnp()
+  stats = {"a": {"layer_statistics": statistics(2, reported)}}
+  raises(
+    "their kernels have other axes than assumed: a. Pass layers=",
+    tx.update,
+    params,
+    tx.init(params),
+    stats=stats,
+  )
+
+
+def test_exact_windows_in_the_statistics_alone():
+  """Under a stack, which the layer does not report, `exact_windows` must still agree."""
+  reported = dataclasses.replace(KernelLayout.by_convention(3), exact_windows=True)
+  layout = KernelLayout.by_convention(3).stacked([0])
+  params, stats = params_like(a=(4, 3, 2, 2)), {"a": {"s": statistics((4, 2), reported)}}
+  tx = bnp_optax.scale_by_bnp(layers={("a", "kernel"): layout})
+  raises("the same exact_windows= as in sow", tx.update, params, tx.init(params), stats=stats)
+
+
+def test_statistics_of_another_width(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  raises(
+    r"Layer first: its kernel of shape \(5, 4\) takes inputs of shape \(5,\), but .* of \(4,\)",
+    tx.update,
+    grads,
+    tx.init(params),
+    stats={"first": stats["second"], "second": stats["second"]},
+  )
+
+
+def test_statistics_under_vmap_without_axis_name(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  stats = jax.tree.map(lambda s: jnp.stack([s, s]), stats)
+  raises(
+    r"under jax.vmap without sow_statistics\(axis_name=",
+    tx.update,
+    grads,
+    tx.init(params),
+    stats=stats,
+  )
+
+
+# The state.
+
+
+def test_state_for_other_parameters(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  wider = {**params, "first": {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}}
+  raises(
+    r"Layer first: the state's input_mean should be of shape \(5,\), found \(6,\).*tx.init",
+    tx.update,
+    grads,
+    tx.init(wider),
+    stats=stats,
+  )
+  raises(
+    "state was made for other parameters",
+    tx.update,
+    grads,
+    tx.init({"first": params["first"]}),
+    stats=stats,
+  )
+  raises(
+    "state was made for other parameters",
+    tx.update,
+    grads,
+    tx.init({**params, "third": jnp.ones(3)}),
+    stats=stats,
+  )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int32"])
+def test_a_state_that_was_cast(dtype, mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  state = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), tx.init(params))
+  raises(
+    rf"Layer first: the state's input_mean is {dtype}\. Below float32",
+    tx.update,
+    grads,
+    state,
+    stats=stats,
+  )
+
+
+def test_a_state_whose_variance_alone_is_of_other_parameters(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  state = tx.init(params)
+  mean = dict(state.input_mean, first={"kernel": jnp.ones(6), "bias": optax.MaskedNode()})
+  raises(
+    r"Layer first: the state's input_variance should be of shape \(5,\), found \(6,\)",
+    tx.update,
+    grads,
+    state._replace(input_variance=mean),
+    stats=stats,
+  )
+
+
+def test_a_state_of_another_optimizer(mlp):
+  params, grads, stats = mlp
+  scale, bnp = bnp_optax.scale_by_bnp(), bnp_optax.bnp(optax.identity())
+  message = "BNP was given a state that is a {}, not a {}.*otherwise call tx.init"
+  match = message.format("BnpState", "ScaleByBnpState")
+  raises(match, scale.update, grads, bnp.init(params), params, stats=stats)
+  match = message.format("ScaleByBnpState", "BnpState")
+  raises(match, bnp.update, grads, scale.init(params), params, stats=stats)
+  match = message.format("EmptyState", "ScaleByBnpState")
+  raises(match, scale.update, grads, optax.EmptyState(), params, stats=stats)
+
+
+def test_match_state_returns_the_leaves_in_the_order_of_the_gradients():
+  params = params_like(a=(2, 3))
+  params = {"a": params["a"] | {"bias": jnp.ones(3)}, "scale": jnp.ones(2)}
+  treedef = jax.tree.structure(params)
+  mean = bnp_optax.scale_by_bnp().init(params).input_mean
+  (layer,) = find_layers(params, None)
+  found = match_state("input_mean", mean, treedef, {layer: (2,)})
+  assert [getattr(x, "shape", None) for x in found] == [None, (2,), None]
