@@ -11,6 +11,7 @@ compared by the quartiles of their ratio over rounds of measuring.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import operator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -42,42 +43,32 @@ class Claim:
 
 
 def better(method: str, *others: str, batch_size: int | None = None, early: bool = False) -> Judge:
-  """Judges whether a method is above each of the others at the end, or over the first epochs."""
-
-  def values(outcome: Outcome) -> np.ndarray:
-    return outcome.early if early else outcome.final
-
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return _is_above(values(ours), values(theirs))
-
-  return _comparing(method, others, batch_size, values, compare)
+  """Judge whether a method is above each of the others at the end, or over the first epochs."""
+  values = operator.attrgetter("early" if early else "final")
+  return _comparing(method, others, batch_size, values, _is_above)
 
 
 def gains_more(method: str, *others: str) -> Judge:
-  """Judges whether a method gains more from the decays of the learning rate than each other."""
-
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return _is_above(ours.gain, theirs.gain)
-
-  return _comparing(method, others, None, lambda outcome: outcome.gain, compare)
+  """Judge whether a method gains more from the decays of the learning rate than the others."""
+  return _comparing(method, others, None, operator.attrgetter("gain"), _is_above)
 
 
 def below(method: str, *others: str) -> Judge:
-  """Judges whether a method ends below each of the others."""
+  """Judge whether a method ends below each of the others."""
 
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return _is_above(theirs.final, ours.final)
+  def is_below(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+    return _is_above(theirs, ours)
 
-  return _comparing(method, others, None, lambda outcome: outcome.final, compare)
+  return _comparing(method, others, None, operator.attrgetter("final"), is_below)
 
 
 def comparable(method: str, *others: str, batch_size: int | None = None) -> Judge:
-  """Judges whether a method ends where each of the others does."""
+  """Judge whether a method ends at an accuracy comparable with that of each of the others."""
 
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return "holds" if _close(ours.final.mean(), theirs.final.mean()) else "does not hold"
+  def is_close(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+    return "holds" if _close(ours.mean(), theirs.mean()) else "does not hold"
 
-  return _comparing(method, others, batch_size, lambda outcome: outcome.final, compare)
+  return _comparing(method, others, batch_size, operator.attrgetter("final"), is_close)
 
 
 def trains(*methods: str) -> Judge:
@@ -182,7 +173,7 @@ def _comparing(
   others: Sequence[str],
   batch_size: int | None,
   values: Callable[[Outcome], np.ndarray],
-  compare: Callable[[Outcome, Outcome], Verdict],
+  compare: Callable[[np.ndarray, np.ndarray], Verdict],
 ) -> Judge:
   """Judges a method against each of the others; the least favourable comparison counts."""
 
@@ -193,7 +184,7 @@ def _comparing(
       return _not_run(*missing)
     there = [outcome for outcome in theirs if outcome is not None]
     return Judgement(
-      _least_favourable([compare(ours, outcome) for outcome in there]),
+      _least_favourable([compare(values(ours), values(outcome)) for outcome in there]),
       ", ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *there)),
     )
 
