@@ -39,19 +39,6 @@ def augment_imagenet(key: jax.Array, images: jax.Array) -> jax.Array:
   return _crop_and_flip(key, images, _IMAGENET_SIZE, _IMAGENET_SIZE)
 
 
-def crop_imagenet(images: jax.Array) -> jax.Array:
-  """Cuts out the middle 224 x 224 pixels, for testing.
-
-  Args:
-    images: `[batch, height, width, channels]`, of 256 x 256 pixels.
-
-  Returns:
-    Images `[batch, 224, 224, channels]`.
-  """
-  top, left = ((size - _IMAGENET_SIZE) // 2 for size in images.shape[1:3])
-  return images[:, top : top + _IMAGENET_SIZE, left : left + _IMAGENET_SIZE]
-
-
 AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
   "cifar": augment_cifar,
   "imagenet": augment_imagenet,

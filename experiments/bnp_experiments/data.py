@@ -40,7 +40,6 @@ class DataSet(NamedTuple):
   For a text: characters (uint8, `[sequences, time]`), and the character after each of them.
   """
 
-  name: str
   x_train: Any
   y_train: np.ndarray
   x_test: Any
@@ -95,7 +94,7 @@ def load(name: str) -> DataSet:
   default = pathlib.Path.home() / ".cache" / "bnp_optax"
   folder = pathlib.Path(os.environ.get("BNP_OPTAX_DATA") or default) / name
   if name == "imagenet":
-    return DataSet(name, *imagenet.read(folder), classes=imagenet.CLASSES)
+    return DataSet(*imagenet.read(folder), classes=imagenet.CLASSES)
   source = SOURCES[name]
   names = [file for files in source.files for file in files]
   if missing := [file for file in names if not _variant(folder / file).exists()]:
@@ -119,7 +118,7 @@ def load(name: str) -> DataSet:
         f"{labels.max()}, and should have labels from 0 to {source.classes - 1}. Remove what was "
         f"altered and run again to fetch it anew."
       )
-  return DataSet(name, classes=source.classes, **arrays)
+  return DataSet(classes=source.classes, **arrays)
 
 
 def _variant(path: pathlib.Path) -> pathlib.Path:
@@ -140,7 +139,7 @@ def _digits() -> DataSet:
     np.arange(len(labels)), test_size=_DIGITS_TEST_IMAGES, stratify=labels, random_state=0
   )
   labels = labels.astype(np.uint8)
-  return DataSet("digits", images[train], labels[train], images[test], labels[test], classes=10)
+  return DataSet(images[train], labels[train], images[test], labels[test], classes=10)
 
 
 def _pydoc() -> DataSet:
@@ -157,7 +156,7 @@ def _pydoc() -> DataSet:
   x = characters[:end].reshape(rows, _CHARACTERS_A_ROW)
   y = characters[1 : end + 1].reshape(rows, _CHARACTERS_A_ROW)
   train = rows - rows // 10
-  return DataSet("pydoc", x[:train], y[:train], x[train:], y[train:], classes=128)
+  return DataSet(x[:train], y[:train], x[train:], y[train:], classes=128)
 
 
 def _fetch(source: Source, folder: pathlib.Path, missing: list[str]) -> None:

@@ -64,14 +64,6 @@ def test_imagenet():
   assert max(max(top, left) for top, left, _ in places) <= 32
 
 
-def test_imagenet_at_test_time_is_the_middle():
-  images = np.arange(256 * 256).reshape(1, 256, 256, 1)
-  middle = augmentation.crop_imagenet(images)
-  assert middle.shape == (1, 224, 224, 1)
-  assert middle[0, 0, 0, 0] == 16 * 256 + 16
-  assert middle[0, -1, -1, 0] == 239 * 256 + 239
-
-
 @pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)
 def test_the_key_decides(name):
   images = RNG.integers(0, 256, (8, 256, 256, 1), np.uint8)

@@ -1,6 +1,7 @@
 """Every experiment runs at the smallest scale, and says what it must."""
 
 import dataclasses
+import functools
 import pathlib
 
 from bnp_experiments import data, evaluation, imagenet, training
@@ -102,9 +103,8 @@ def test_what_cannot_be_had_takes_real_steps_on_files_of_its_format(
   scores = evaluate(setup, state, dataset.x_test.take(rows, axis=0), dataset.y_test[rows])
   assert np.isfinite(scores.loss).all()
   full = paper.setup(paper.methods[0], 4, 8, dataset.classes).model
-  shapes = jax.eval_shape(
-    lambda: full.init(jax.random.key(0), np.zeros((1, 32, 32, 3)), train=False)
-  )
+  init = functools.partial(full.init, train=False)
+  shapes = jax.eval_shape(init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
   assert abs(count - parameters) <= 0.01 * parameters
 
