@@ -70,6 +70,14 @@ bnp_optax.nonsense
   assert done.stderr.endswith("module 'bnp_optax' has no attribute 'nonsense'\n"), done.stderr
 
 
+@pytest.mark.parametrize("folder", ["bnp_optax", "examples"])
+def test_only_the_experiments_import_the_experiments(folder):
+  files = [*(ROOT / folder).rglob("*.py")]
+  assert files
+  imports = re.compile(r"^\s*(from|import) bnp_experiments\b", re.MULTILINE)
+  assert not [file for file in files if imports.search(file.read_text())]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
   """The wheel and the sdist; the wheel is built from the sdist."""
