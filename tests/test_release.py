@@ -1,4 +1,4 @@
-"""The release: one version, a wheel of the library alone, an import that is light."""
+"""Tests of the release: one version, a wheel of the library alone, and a light import."""
 
 import pathlib
 import re
@@ -23,7 +23,7 @@ def run(*command, **kwargs):
   return done.stdout
 
 
-def test_version_is_that_of_the_package_everywhere():
+def test_all_versions_agree():
   assert "version" not in PROJECT
   assert PROJECT["dynamic"] == ["version"]
   cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
@@ -31,7 +31,7 @@ def test_version_is_that_of_the_package_everywhere():
   assert cited[1] == bnp_experiments.__version__ == bnp_optax.__version__
 
 
-def test_the_repository_is_the_one_of_the_project_everywhere():
+def test_all_addresses_of_the_repository_agree():
   address = PROJECT["urls"]["Repository"]
   assert re.fullmatch(r"https://github\.com/[A-Za-z\d-]+/[\w.-]+", address)
   cited = re.search(r'^repository-code: "(.+)"$', (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
@@ -39,7 +39,7 @@ def test_the_repository_is_the_one_of_the_project_everywhere():
   assert cited[1] == address
 
 
-def test_importing_it_imports_itself_and_what_optax_and_flax_import():
+def test_the_import_adds_no_other_packages_to_optax_and_flax():
   loaded = "import sys; print(*sys.modules)"
   base = set(run(sys.executable, "-c", f"import optax, flax; {loaded}").split())
   ours = set(run(sys.executable, "-c", f"import bnp_optax; {loaded}").split())
@@ -48,7 +48,7 @@ def test_importing_it_imports_itself_and_what_optax_and_flax_import():
   assert not ours & {"matplotlib", "tyro", "sklearn", "pooch", "PIL", "flax.nnx"}
 
 
-def test_nnx_is_imported_where_it_is_asked_for_and_not_before():
+def test_nnx_is_imported_lazily():
   script = """
 import sys
 import flax.linen as nn
@@ -80,7 +80,7 @@ def test_only_the_experiments_import_the_experiments(folder):
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-  """The wheel and the sdist; the wheel is built from the sdist."""
+  """Build the sdist, and the wheel from it; return their folder."""
   folder = tmp_path_factory.mktemp("dist")
   run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
   return folder
@@ -103,7 +103,7 @@ def test_wheel_holds_the_library_alone(distributions):
 
 
 @pytest.mark.slow
-def test_sdist_holds_what_its_tests_need(distributions):
+def test_sdist_holds_the_files_that_its_tests_need(distributions):
   (sdist,) = distributions.glob("*.tar.gz")
   with tarfile.open(sdist) as archive:
     names = {name.partition("/")[2] for name in archive.getnames()}
