@@ -1,4 +1,4 @@
-"""The test suite at both ends of the supported versions: `nox -s oldest newest`."""
+"""Run the tests with the oldest and newest supported versions: `nox -s oldest newest`."""
 
 import nox
 

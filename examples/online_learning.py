@@ -1,37 +1,37 @@
-"""Online learning in drifting light: one example at a time, first predicted, then learnt from.
+"""Online learning in drifting light: predict each example once, then learn from it.
 
-A camera reads handwritten digits, one after the other, while the light changes: its contrast, its
-brightness and the direction it comes from drift over some thousand examples, and halfway through a
-lamp is switched on. A network has to follow. Nothing is seen twice, there is no batch to average
-over and no test set: what counts is the prequential accuracy, that of the predictions made before
-each label was known.
+A camera reads handwritten digits, one after the other, while the light changes. Its contrast,
+brightness and direction drift over some thousand examples, and a lamp is switched on halfway. Each
+example occurs once in a stream, so there is no batch to average over and no test set. The measure
+is the prequential accuracy, that of the predictions made before each label is revealed.
 
-Every method has the same network, FC 784-100-100-10, and learns from one example at a time. Its
-learning rate is the best of the same rates on another stream, of 4,000 images that the streams
-below never show. LayerNorm and running BatchNorm normalize what every layer reads, the image
-included. BNP normalizes gradients, not the network: where the light changes, the network has to
-learn it. So BNP, and SGD for comparison, also run with the image alone normalized, by the running
-mean and variance of each pixel.
+Every method trains the same network, FC 784-100-100-10, on one example at a time. Its learning rate
+is the best one of a common grid on a separate stream of 4,000 held-out images. LayerNorm and
+running BatchNorm normalize the inputs of every layer, including the image. BNP normalizes gradients
+instead of activations, so the network itself has to adapt to the light. Therefore BNP, and SGD for
+comparison, also run with only the image normalized, by the running mean and variance of each pixel.
 
-python examples/online_learning.py    (MNIST, two minutes of one CPU core;
-                                       writes notebooks/results/online-learning)
+python examples/online_learning.py    (two minutes of one CPU core)
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import gzip
+import hashlib
 import json
+import os
 import pathlib
 import time
 from typing import Any
 
-from bnp_experiments import data
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import pooch
 
 import bnp_optax
 
@@ -39,6 +39,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 RESULTS = pathlib.Path(__file__).parents[1] / "notebooks" / "results" / "online-learning"
+CACHE = pathlib.Path(os.environ.get("BNP_OPTAX_DATA") or pathlib.Path.home() / ".cache/bnp_optax")
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+IMAGES_SHA256 = "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"
+LABELS_SHA256 = "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13"
 Norm = Callable[[], nn.Module]
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SEEDS = (1, 2, 3)
@@ -46,13 +50,13 @@ CHOICE, STREAM, WINDOW = 4_000, 20_000, 500
 
 
 class RunningBatchNorm(nn.Module):
-  """BatchNorm for one example at a time: normalizes with its running averages, always."""
+  """BatchNorm for one example at a time, which always normalizes with its running averages."""
 
   decay: float = 0.99
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalizes ``[1, features]``."""
+    """Normalize inputs ``[1, features]``."""
     features = x.shape[-1]
     mean = self.variable("batch_stats", "mean", jnp.zeros, features)
     variance = self.variable("batch_stats", "variance", jnp.ones, features)
@@ -66,14 +70,14 @@ class RunningBatchNorm(nn.Module):
 
 
 class Network(nn.Module):
-  """FC 784-100-100-10."""
+  """The fully connected network 784-100-100-10."""
 
   image_norm: Norm | None
   norm: Norm | None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Logits of images ``[1, 784]``."""
+    """Return the logits of images ``[1, 784]``."""
     for width, norm in ((100, self.image_norm), (100, self.norm), (10, self.norm)):
       x = x if norm is None else norm()(x)
       x = nn.Dense(width)(x)
@@ -83,7 +87,7 @@ class Network(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to learn from the stream."""
+  """An optimizer and the normalization layers of the network that it trains."""
 
   label: str
   colour: str
@@ -93,17 +97,17 @@ class Method:
 
   @property
   def network(self) -> Network:
-    """The network it trains."""
+    """The network that the method trains."""
     return Network(self.image_norm, self.norm)
 
 
 def bnp_sgd(rate: Any) -> optax.GradientTransformation:
-  """The paper's method."""
+  """Return the paper's method: BNP before SGD."""
   return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(rate))
 
 
 def bnp_adam(rate: Any) -> optax.GradientTransformation:
-  """Adam in BNP's coordinates."""
+  """Return Adam in BNP's coordinates."""
   return bnp_optax.bnp(optax.adam(rate))
 
 
@@ -120,7 +124,7 @@ METHODS = (
 
 
 def light(phases: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The contrast, and the light ``[784]`` that falls on the page, at example t."""
+  """Return the contrast and the light ``[784]`` that falls on the page at example t."""
 
   def wave(i: int, period: float) -> jax.Array:
     return jnp.sin(2 * jnp.pi * (t / period + phases[i]))
@@ -142,7 +146,7 @@ def learn(
   images: jax.Array,
   labels: jax.Array,
 ) -> jax.Array:
-  """Whether each prediction was right, ``[runs, steps]``; what tells the runs apart leads."""
+  """Train one network per run; return whether each prediction was right, ``[runs, steps]``."""
   model = method.network
 
   def run(rate: jax.Array, variables: Any, order: jax.Array, phases: jax.Array) -> jax.Array:
@@ -176,14 +180,10 @@ def learn(
 
 
 def run(
-  method: Method,
-  seeds: Sequence[int],
-  rates: Sequence[float],
-  images: np.ndarray,
-  labels: np.ndarray,
-  steps: int,
+  method: Method, pairs: Sequence[tuple[int, float]], images: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-  """Runs with these seeds and rates, pairwise: whether each prediction was right."""
+  """Run a method for pairs of a seed and a rate; return whether each prediction was right."""
+  seeds, rates = zip(*pairs, strict=True)
   network, keys = method.network, [jax.random.key(seed) for seed in seeds]
   variables = [dict(network.init(key, jnp.zeros((1, 784)))) for key in keys]
   generators = [np.random.default_rng(seed) for seed in seeds]
@@ -191,7 +191,7 @@ def run(
     method,
     jnp.array(rates),
     jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables),
-    jnp.array([generator.permutation(len(images))[:steps] for generator in generators]),
+    jnp.array([generator.permutation(len(images))[:STREAM] for generator in generators]),
     jnp.array([generator.uniform(size=4) for generator in generators], jnp.float32),
     images,
     labels,
@@ -200,12 +200,12 @@ def run(
 
 
 def measure(method: Method, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-  """Chooses a method's rate, and lets it learn from the streams."""
+  """Choose the learning rate of a method, and train it on the streams of all seeds."""
   start = time.perf_counter()
   held_out = images[-CHOICE:], labels[-CHOICE:]
-  accuracies = run(method, [0] * len(RATES), RATES, *held_out, CHOICE).mean(axis=1)
+  accuracies = run(method, [(0, rate) for rate in RATES], *held_out).mean(axis=1)
   rate = RATES[int(accuracies.argmax())]
-  right = run(method, SEEDS, [rate] * len(SEEDS), images[:-CHOICE], labels[:-CHOICE], STREAM)
+  right = run(method, [(seed, rate) for seed in SEEDS], images[:-CHOICE], labels[:-CHOICE])
   windows = right.reshape(len(SEEDS), -1, WINDOW).mean(axis=2)
   return {
     "method": method.label,
@@ -220,22 +220,19 @@ def measure(method: Method, images: np.ndarray, labels: np.ndarray) -> dict[str,
 
 
 def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """Accuracy over the stream, mean and range of the seeds; and against the learning rate."""
+  """Plot accuracy over the stream (mean and range of the seeds) and against the learning rate."""
   figure, (stream, rates) = plt.subplots(
     1, 2, figsize=(10, 4.6), width_ratios=(3, 2), layout="constrained", sharey=True
   )
   for method, result in zip(METHODS, results, strict=True):
     windows = np.array(result["windows"])
-    seen = WINDOW * (np.arange(windows.shape[1]) + 0.5)
-    stream.plot(seen, windows.mean(axis=0), color=method.colour, label=method.label)
-    stream.fill_between(
-      seen, windows.min(axis=0), windows.max(axis=0), color=method.colour, alpha=0.15, linewidth=0
-    )
+    t = WINDOW * (np.arange(windows.shape[1]) + 0.5)
+    low, high = windows.min(axis=0), windows.max(axis=0)
+    stream.plot(t, windows.mean(axis=0), color=method.colour, label=method.label)
+    stream.fill_between(t, low, high, color=method.colour, alpha=0.15, linewidth=0)
     rates.plot(RATES, result["rates"].values(), color=method.colour, marker="o", markersize=3)
   stream.axvline(STREAM // 2, color="#999999", linestyle=":")
-  stream.annotate(
-    "the lamp goes on", (STREAM // 2, 0.02), xytext=(4, 0), textcoords="offset points"
-  )
+  stream.annotate("the lamp goes on", (STREAM // 2, 0.02), (4, 0), textcoords="offset points")
   stream.set(xlabel="examples seen", ylabel=f"prequential accuracy, over {WINDOW} examples")
   stream.set_ylim(0, 1)
   rates.set(xscale="log", xlabel="learning rate", title=f"on the {CHOICE:,} that choose the rate")
@@ -248,7 +245,7 @@ def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-  """The results as Markdown: accuracy over the stream, mean and range of the seeds, in %."""
+  """Return a Markdown table of the accuracy over the stream: mean and range of the seeds, in %."""
   lines = [
     "| method | rate | all 20,000 examples | the last 5,000 | the 1,000 after the lamp |",
     "| --- | --: | --: | --: | --: |",
@@ -263,18 +260,27 @@ def table(results: Sequence[dict[str, Any]]) -> str:
   return "\n".join(lines) + "\n"
 
 
+def load(name: str, sha256: str) -> np.ndarray:
+  """Return the flat array in an IDX file of MNIST, which is downloaded if it is missing."""
+  # The checksum is that of the array, as copies of a file may differ in their compression.
+  path = pooch.retrieve(MNIST + name, known_hash=None, fname=name, path=CACHE / "mnist")
+  raw = gzip.decompress(pathlib.Path(path).read_bytes())
+  array = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])  # After the sizes of raw[3] axes.
+  if hashlib.sha256(array).hexdigest() != sha256:
+    raise ValueError(f"{path} is not the published file. Remove it and run again to download it.")
+  return array
+
+
 def main() -> None:
-  """Runs every method, and writes results, table and figure."""
-  mnist = data.load("mnist")
-  images = mnist.x_train.reshape(len(mnist.x_train), -1)
-  labels = mnist.y_train.astype(np.int32)
+  """Run every method, and write the results, the table and the figure."""
+  images = load("train-images-idx3-ubyte.gz", IMAGES_SHA256).reshape(-1, 784)
+  labels = load("train-labels-idx1-ubyte.gz", LABELS_SHA256).astype(np.int32)
   RESULTS.mkdir(parents=True, exist_ok=True)
   results = []
   for method in METHODS:
     results.append(measure(method, images, labels))
     print(table(results[-1:]).splitlines()[-1], f"{results[-1]['seconds']} s", flush=True)
-  lines = "".join(json.dumps(result) + "\n" for result in results)
-  (RESULTS / "results.jsonl").write_text(lines)
+  (RESULTS / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
   (RESULTS / "online_learning.md").write_text(table(results))
   draw(results, RESULTS / "online_learning.png")
 

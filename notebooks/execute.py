@@ -1,4 +1,4 @@
-"""Executes the notebooks in fresh kernels and stores their outputs.
+"""Execute the notebooks in fresh kernels and store their outputs.
 
 python notebooks/execute.py             (all of them)
 python notebooks/execute.py quickstart
@@ -17,19 +17,20 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def source_hash(notebook: nbformat.NotebookNode) -> str:
-  """A hash of all that determines the outputs: the code."""
+  """Return a hash of the code, which determines the outputs."""
   code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
   return hashlib.sha256("\n\0".join(code).encode()).hexdigest()[:16]
 
 
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
-  """Executes a notebook; the outputs, and nothing else that differs from one run to the next.
+  """Execute a notebook, keeping its outputs but no metadata that differs between runs.
 
   Args:
-    path: The notebook; it is not changed.
+    path: The notebook file, which is not changed.
 
   Returns:
-    The notebook with its outputs, and with the version and the code that made them in its metadata.
+    The notebook with its outputs, and with the version of the library and the hash of the code in
+    its metadata.
 
   Raises:
     nbclient.exceptions.CellExecutionError: A cell failed.

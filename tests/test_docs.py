@@ -1,4 +1,4 @@
-"""The documentation: it builds without a warning, has all that is public, and its links resolve."""
+"""Tests of the documentation: no warnings, all public names documented, no broken links."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")])
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
-# The project's own pages elsewhere.
+# Addresses at which files of the project are also online.
 ONLINE = (
   REPOSITORY,
   REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github"),
@@ -26,7 +26,7 @@ FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def text(path):
-  """The Markdown of a page, or of a notebook."""
+  """Return the Markdown of a page or of a notebook."""
   if path.suffix != ".ipynb":
     return path.read_text()
   cells = json.loads(path.read_text())["cells"]
@@ -34,14 +34,14 @@ def text(path):
 
 
 def anchors(path):
-  """The names of a page's sections, as GitHub makes them."""
+  """Return the anchors that GitHub generates for the sections of a page."""
   headings = re.findall(r"^#+ +(.+?) *$", FENCED.sub("", text(path)), re.MULTILINE)
   plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
   return {heading.replace(" ", "-") for heading in plain}
 
 
 def broken(path):
-  """The links of a page, within the project, that lead nowhere."""
+  """Yield the broken links of a page to files of the project."""
   for link in LINK.findall(FENCED.sub("", text(path))):
     target, _, anchor = link.partition("#")
     found = path.parent / target if target else path
@@ -68,7 +68,7 @@ def test_broken_links_are_found(tmp_path):
 
 
 def public(module):
-  """The names of all that a module defines for its users."""
+  """Return the public names that a module defines."""
   names = getattr(module, "__all__", None) or [
     name
     for name, value in vars(module).items()
@@ -80,7 +80,7 @@ def public(module):
 
 
 @pytest.mark.slow
-def test_documentation_builds_and_has_all_that_is_public(tmp_path):
+def test_documentation_builds_and_has_all_public_names(tmp_path):
   command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q"]
   built = subprocess.run(
     [*command, "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"],

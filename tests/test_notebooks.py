@@ -1,4 +1,4 @@
-"""The notebooks run, and their stored outputs are those of this version."""
+"""Tests of the notebooks: they run, and their stored outputs are those of this version."""
 
 import importlib.util
 import pathlib
@@ -18,7 +18,7 @@ REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["ur
 
 @pytest.fixture(scope="module")
 def executor():
-  """notebooks/execute.py."""
+  """Import notebooks/execute.py."""
   spec = importlib.util.spec_from_file_location("execute", ROOT / "notebooks" / "execute.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The release: one version, a wheel of the library alone, an import that is light."""
+"""Tests of the release: one version, a wheel of the library alone, and a light import."""
 
 import pathlib
 import subprocess
@@ -22,13 +22,13 @@ def run(*command, **kwargs):
   return done.stdout
 
 
-def test_version_is_that_of_the_package_everywhere():
+def test_all_versions_agree():
   assert "version" not in PROJECT
   assert PROJECT["dynamic"] == ["version"]
   assert bnp_experiments.__version__ == bnp_optax.__version__
 
 
-def test_importing_it_imports_itself_and_what_optax_and_flax_import():
+def test_the_import_adds_no_other_packages_to_optax_and_flax():
   loaded = "import sys; print(*sys.modules)"
   base = set(run(sys.executable, "-c", f"import optax, flax; {loaded}").split())
   ours = set(run(sys.executable, "-c", f"import bnp_optax; {loaded}").split())
@@ -37,7 +37,7 @@ def test_importing_it_imports_itself_and_what_optax_and_flax_import():
   assert not ours & {"matplotlib", "tyro", "sklearn", "pooch", "PIL", "flax.nnx"}
 
 
-def test_nnx_is_imported_where_it_is_asked_for_and_not_before():
+def test_nnx_is_imported_lazily():
   script = """
 import sys
 import flax.linen as nn
@@ -59,9 +59,17 @@ bnp_optax.nonsense
   assert done.stderr.endswith("module 'bnp_optax' has no attribute 'nonsense'\n"), done.stderr
 
 
+@pytest.mark.parametrize("folder", ["bnp_optax", "examples"])
+def test_only_the_experiments_import_the_experiments(folder):
+  files = [*(ROOT / folder).rglob("*.py")]
+  assert files
+  imports = re.compile(r"^\s*(from|import) bnp_experiments\b", re.MULTILINE)
+  assert not [file for file in files if imports.search(file.read_text())]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-  """The wheel and the sdist; the wheel is built from the sdist."""
+  """Build the sdist, and the wheel from it; return their folder."""
   folder = tmp_path_factory.mktemp("dist")
   run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
   return folder
@@ -84,7 +92,7 @@ def test_wheel_holds_the_library_alone(distributions):
 
 
 @pytest.mark.slow
-def test_sdist_holds_what_its_tests_need(distributions):
+def test_sdist_holds_the_files_that_its_tests_need(distributions):
   (sdist,) = distributions.glob("*.tar.gz")
   with tarfile.open(sdist) as archive:
     names = {name.partition("/")[2] for name in archive.getnames()}

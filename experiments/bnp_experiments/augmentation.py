@@ -1,4 +1,4 @@
-"""How training images are varied: pure functions of a random key and a batch of images."""
+"""Augmentation of training images: pure functions of a random key and a batch of images."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,15 @@ _IMAGENET_SIZE = 224
 
 
 def augment_cifar(key: jax.Array, images: jax.Array) -> jax.Array:
-  """Shifts images by up to four pixels each way, and mirrors every other one.
+  """Shift images by up to four pixels in each direction and mirror them with probability 1/2.
 
-  Four rows and columns of zeros are added on each side, of which a part of the original size is cut
-  out; it is mirrored with probability 1/2 (He et al., 2016a, Section 4.2). Zero is black, on the
-  scale on which the paper's images are; He et al. had subtracted the mean image.
+  Each image is padded with four pixels of zeros on each side and cropped at random to its original
+  size (He et al., 2016a, Section 4.2). Zero is black on the scale of the paper's images; He et al.
+  subtracted the mean image first.
 
   Args:
     key: The random key.
-    images: `[batch, height, width, channels]`.
+    images: Images `[batch, height, width, channels]`.
 
   Returns:
     Images of the same shape and dtype.
@@ -27,29 +27,18 @@ def augment_cifar(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def augment_imagenet(key: jax.Array, images: jax.Array) -> jax.Array:
-  """Cuts out any 224 x 224 pixels, and mirrors every other image (Krizhevsky et al., 2012, 4.1).
+  """Crop images at random to 224 x 224 pixels and mirror them with probability 1/2.
+
+  This is the augmentation of Krizhevsky et al. (2012, Section 4.1).
 
   Args:
     key: The random key.
-    images: `[batch, height, width, channels]`, of 256 x 256 pixels.
+    images: Images `[batch, height, width, channels]`, of 256 x 256 pixels.
 
   Returns:
     Images `[batch, 224, 224, channels]` of the same dtype.
   """
   return _crop_and_flip(key, images, _IMAGENET_SIZE, _IMAGENET_SIZE)
-
-
-def crop_imagenet(images: jax.Array) -> jax.Array:
-  """Cuts out the middle 224 x 224 pixels, for testing.
-
-  Args:
-    images: `[batch, height, width, channels]`, of 256 x 256 pixels.
-
-  Returns:
-    Images `[batch, 224, 224, channels]`.
-  """
-  top, left = ((size - _IMAGENET_SIZE) // 2 for size in images.shape[1:3])
-  return images[:, top : top + _IMAGENET_SIZE, left : left + _IMAGENET_SIZE]
 
 
 AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {

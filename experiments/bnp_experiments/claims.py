@@ -1,16 +1,17 @@
-"""What is claimed of an experiment, and the rules by which a claim holds or does not.
+"""Claims about an experiment, and the rules that decide whether a claim holds.
 
-"Better" holds where every run of the one is above every run of the other, fails where every one is
-below, and is within the spread in between; one run alone has no spread, and tells nothing.
-"Comparable" holds where the means are at most two points apart, and at most a fifth of the smaller
+"Better" holds if every run of the one method is above every run of the other, fails if every one is
+below, and is within the spread otherwise; a single run has no spread and decides nothing.
+"Comparable" holds if the means differ by at most two points and at most a fifth of the smaller
 error. "Faster at the start" is better in the mean over the first third of the epochs, before the
-learning rate decays; what its decays gain is counted from the epoch before the first. A network
-"trains" if it ends above twice chance, which is 10 % on the data sets of ten classes. Times are
-compared by the quartiles of their ratio over rounds of measuring.
+learning rate decays. The gain from the decays is measured from the epoch before the first one. A
+network "trains" if it ends above twice chance, which is 10 % on the data sets of ten classes. Times
+are compared by the quartiles of their ratio over rounds of measuring.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import operator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,12 +20,12 @@ from bnp_experiments.outcomes import Outcome, find, percent
 
 Verdict = Literal["holds", "does not hold", "within the spread", "not run"]
 _POINTS, _PART_OF_ERROR = 0.02, 0.2
-# Twice chance.
 TRAINS = 0.2
+"""Twice chance on ten classes: the test accuracy above which a network counts as trained."""
 
 
 class Judgement(NamedTuple):
-  """Whether a claim holds, and the numbers that say so."""
+  """The verdict on a claim, and the numbers behind it."""
 
   verdict: Verdict
   measured: str
@@ -35,63 +36,53 @@ Judge = Callable[[Sequence[Outcome]], Judgement]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """One claim: what it says, in a line, and how it is judged."""
+  """A claim: its text, in one line, and the function that judges it."""
 
   text: str
   judge: Judge
 
 
 def better(method: str, *others: str, batch_size: int | None = None, early: bool = False) -> Judge:
-  """Judges whether a method is above each of the others at the end, or over the first epochs."""
-
-  def values(outcome: Outcome) -> np.ndarray:
-    return outcome.early if early else outcome.final
-
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return _is_above(values(ours), values(theirs))
-
-  return _comparing(method, others, batch_size, values, compare)
+  """Judge whether a method is above each of the others at the end, or over the first epochs."""
+  values = operator.attrgetter("early" if early else "final")
+  return _comparing(method, others, batch_size, values, _is_above)
 
 
 def gains_more(method: str, *others: str) -> Judge:
-  """Judges whether a method gains more from the decays of the learning rate than each other."""
-
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return _is_above(ours.gain, theirs.gain)
-
-  return _comparing(method, others, None, lambda outcome: outcome.gain, compare)
+  """Judge whether a method gains more from the decays of the learning rate than the others."""
+  return _comparing(method, others, None, operator.attrgetter("gain"), _is_above)
 
 
 def below(method: str, *others: str) -> Judge:
-  """Judges whether a method ends below each of the others."""
+  """Judge whether a method ends below each of the others."""
 
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return _is_above(theirs.final, ours.final)
+  def is_below(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+    return _is_above(theirs, ours)
 
-  return _comparing(method, others, None, lambda outcome: outcome.final, compare)
+  return _comparing(method, others, None, operator.attrgetter("final"), is_below)
 
 
 def comparable(method: str, *others: str, batch_size: int | None = None) -> Judge:
-  """Judges whether a method ends where each of the others does."""
+  """Judge whether a method ends at an accuracy comparable with that of each of the others."""
 
-  def compare(ours: Outcome, theirs: Outcome) -> Verdict:
-    return "holds" if _close(ours.final.mean(), theirs.final.mean()) else "does not hold"
+  def is_close(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+    return "holds" if _close(ours.mean(), theirs.mean()) else "does not hold"
 
-  return _comparing(method, others, batch_size, lambda outcome: outcome.final, compare)
+  return _comparing(method, others, batch_size, operator.attrgetter("final"), is_close)
 
 
 def trains(*methods: str) -> Judge:
-  """Judges whether networks learn at all with these methods."""
+  """Judge whether networks train with these methods."""
   return _each(methods, lambda outcome: outcome.final.min() > TRAINS)
 
 
 def fails(*methods: str) -> Judge:
-  """Judges whether networks learn nothing with these methods."""
+  """Judge whether networks fail to train with these methods."""
   return _each(methods, lambda outcome: outcome.final.max() <= TRAINS)
 
 
 def falls_back(method: str) -> Judge:
-  """Judges whether test accuracy is lower in the last third of the epochs than in the middle."""
+  """Judge whether test accuracy is lower in the last third of the epochs than in the middle."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     outcome = find(outcomes, method, None)
@@ -107,7 +98,7 @@ def falls_back(method: str) -> Judge:
 
 
 def quicker(method: str, other: str, batch_size: int) -> Judge:
-  """Judges whether a step of a method takes less time than one of another, round by round."""
+  """Judge whether a step of one method takes less time than a step of another, round by round."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     ours, theirs = (find(outcomes, name, batch_size) for name in (method, other))
@@ -122,7 +113,7 @@ def quicker(method: str, other: str, batch_size: int) -> Judge:
 
 
 def kappa_of_D(low: float, high: float) -> Judge:  # noqa: N802
-  """Judges whether the condition number of D stays in a range after the first epoch."""
+  """Judge whether the condition number of D stays in a range after the first epoch."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     outcome = find(outcomes, "bnp", None)
@@ -140,7 +131,7 @@ def kappa_of_D(low: float, high: float) -> Judge:  # noqa: N802
 
 
 def improves_by_kappa_of_D_squared() -> Judge:  # noqa: N802
-  """Judges whether P lowers the condition number by kappa(D)^2, within a factor of ten."""
+  """Judge whether P lowers the condition number by kappa(D)^2, within a factor of ten."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     outcome = find(outcomes, "bnp", None)
@@ -161,17 +152,17 @@ def improves_by_kappa_of_D_squared() -> Judge:  # noqa: N802
 
 
 def steady(method: str, *batch_sizes: int) -> Judge:
-  """Judges whether a method ends at the same at these batch sizes."""
+  """Judge whether the final accuracies of a method at these batch sizes are comparable."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     found = [find(outcomes, method, batch_size) for batch_size in batch_sizes]
-    there = [outcome for outcome in found if outcome is not None]
-    if len(there) < len(found):
+    available = [outcome for outcome in found if outcome is not None]
+    if len(available) < len(found):
       return _not_run(method)
-    means = [outcome.final.mean() for outcome in there]
+    means = [outcome.final.mean() for outcome in available]
     return Judgement(
       "holds" if _close(max(means), min(means)) else "does not hold",
-      ", ".join(f"{outcome.batch_size}: {percent(outcome.final)}" for outcome in there),
+      ", ".join(f"{outcome.batch_size}: {percent(outcome.final)}" for outcome in available),
     )
 
   return judge
@@ -182,33 +173,35 @@ def _comparing(
   others: Sequence[str],
   batch_size: int | None,
   values: Callable[[Outcome], np.ndarray],
-  compare: Callable[[Outcome, Outcome], Verdict],
+  compare: Callable[[np.ndarray, np.ndarray], Verdict],
 ) -> Judge:
-  """Judges a method against each of the others; the least favourable comparison counts."""
+  """Judge a method by the least favourable comparison with the others."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     ours, *theirs = (find(outcomes, name, batch_size) for name in (method, *others))
     if ours is None or None in theirs:
       missing = [name for name in (method, *others) if find(outcomes, name, batch_size) is None]
       return _not_run(*missing)
-    there = [outcome for outcome in theirs if outcome is not None]
+    available = [outcome for outcome in theirs if outcome is not None]
     return Judgement(
-      _least_favourable([compare(ours, outcome) for outcome in there]),
-      ", ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *there)),
+      _least_favourable([compare(values(ours), values(outcome)) for outcome in available]),
+      ", ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *available)),
     )
 
   return judge
 
 
 def _each(methods: Sequence[str], holds: Callable[[Outcome], np.bool_]) -> Judge:
+  """Judge whether a condition holds for each of the methods."""
+
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
     found = [find(outcomes, name, None) for name in methods]
-    there = [outcome for outcome in found if outcome is not None]
-    if len(there) < len(found):
+    available = [outcome for outcome in found if outcome is not None]
+    if len(available) < len(found):
       return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
     return Judgement(
-      "holds" if all(map(holds, there)) else "does not hold",
-      ", ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in there),
+      "holds" if all(map(holds, available)) else "does not hold",
+      ", ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in available),
     )
 
   return judge

@@ -1,15 +1,16 @@
-"""The data sets, read from their canonical files, and refused unless they are the right ones.
+"""The data sets, read from their canonical files and verified.
 
-The files lie in `$BNP_OPTAX_DATA`, or else in `~/.cache/bnp_optax`:
+The files lie in `$BNP_OPTAX_DATA`, or in `~/.cache/bnp_optax` if the variable is not set:
 
     mnist/, fashion_mnist/   {train,t10k}-{images-idx3,labels-idx1}-ubyte, with or without .gz
     cifar10/cifar-10-batches-bin/    data_batch_1.bin ... data_batch_5.bin, test_batch.bin
     cifar100/cifar-100-binary/       train.bin, test.bin
-    imagenet/                        see `imagenet.py`
+    imagenet/                        described in `imagenet.py`
 
-What is missing is fetched. What is there is read as it is, however it was compressed: it is the
-arrays that are checked, by the sha256 of their bytes. For CIFAR-100 no such hash is known to us:
-there the md5 of its authors' archive guards the download, and sizes and label ranges the files.
+Missing files are downloaded. Existing files are read with any compression, because the sha256 of
+the arrays is verified instead of that of the files. No such hash is available for CIFAR-100: there
+the published md5 of the archive protects the download, and only sizes and label ranges are checked
+when the files are read.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from bnp_experiments import formats, imagenet
 from bnp_experiments.errors import DataError, UsageError
 
 _DIGITS_TEST_IMAGES = 500
-_CHARACTERS_A_ROW = 64
+_SEQUENCE_LENGTH = 64
 _MNIST_FILES = (
   ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
   ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
@@ -37,10 +38,9 @@ _MNIST_FILES = (
 class DataSet(NamedTuple):
   """Images (uint8, NHW or NHWC) and labels (unsigned), in their published order.
 
-  For a text: characters (uint8, `[sequences, time]`), and the character after each of them.
+  A text has characters (uint8, `[sequences, time]`) and, as labels, the character after each.
   """
 
-  name: str
   x_train: Any
   y_train: np.ndarray
   x_test: Any
@@ -50,17 +50,18 @@ class DataSet(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where a data set comes from, and how to know that it is the right one.
+  """The files of a data set, their address and their checksums.
 
   Attributes:
-    url: The folder that the site serves its files from.
-    md5: The files it serves, an archive perhaps, and their published md5.
-    files: The files read, for training and for testing.
-    read: Reads images and labels from such files, given the number and the shape of the images.
+    url: Address of the folder with the files to download.
+    md5: The published md5 of each file to download, which may be an archive.
+    files: The files to read, for training and for testing.
+    read: Function that reads images and labels, given the paths, the number of images and the shape
+      of an image.
     counts: Number of training and of test images.
     image: Shape of one image.
     classes: Number of classes.
-    sha256: The sha256 of each array's bytes, where known.
+    sha256: The sha256 of each array's bytes; empty if unknown.
   """
 
   url: str
@@ -74,17 +75,17 @@ class Source:
 
 
 def load(name: str) -> DataSet:
-  """Reads a data set, fetching the files that are missing.
+  """Load a data set, downloading missing files.
 
   Args:
     name: One of `NAMES`.
 
   Returns:
-    The data set, every array of it checked.
+    The data set, with every array verified.
 
   Raises:
     UsageError: There is no data set of that name.
-    DataError: A file is missing and cannot be fetched, or is not the one published.
+    DataError: A file is missing and cannot be downloaded, or is not the published file.
   """
   if name not in NAMES:
     raise UsageError(f"there is no data set {name!r}: choose from {', '.join(NAMES)}")
@@ -95,11 +96,11 @@ def load(name: str) -> DataSet:
   default = pathlib.Path.home() / ".cache" / "bnp_optax"
   folder = pathlib.Path(os.environ.get("BNP_OPTAX_DATA") or default) / name
   if name == "imagenet":
-    return DataSet(name, *imagenet.read(folder), classes=imagenet.CLASSES)
+    return DataSet(*imagenet.read(folder), classes=imagenet.CLASSES)
   source = SOURCES[name]
   names = [file for files in source.files for file in files]
   if missing := [file for file in names if not _variant(folder / file).exists()]:
-    _fetch(source, folder, missing)
+    _download(source, folder, missing)
   arrays = {}
   for split, files, count in zip(("train", "test"), source.files, source.counts, strict=True):
     paths = [_variant(folder / file) for file in files]
@@ -109,59 +110,59 @@ def load(name: str) -> DataSet:
       found = hashlib.sha256(arrays[part].tobytes()).hexdigest()
       if found != source.sha256.get(part, found):
         raise DataError(
-          f"{' or '.join(map(str, paths))} is not the file published: {part} has sha256 {found}, "
-          f"and should have {source.sha256[part]}. Remove what was altered and run again to fetch "
-          f"it anew."
+          f"{' or '.join(map(str, paths))} is not the published file: the sha256 of {part} is "
+          f"{found}, expected {source.sha256[part]}. Remove the altered file and run again to "
+          f"download it."
         )
     if labels.max() >= source.classes:
       raise DataError(
-        f"{' or '.join(map(str, paths))} is not the file published: it has a label "
-        f"{labels.max()}, and should have labels from 0 to {source.classes - 1}. Remove what was "
-        f"altered and run again to fetch it anew."
+        f"{' or '.join(map(str, paths))} is not the published file: it contains label "
+        f"{labels.max()}, expected labels from 0 to {source.classes - 1}. Remove the altered file "
+        f"and run again to download it."
       )
-  return DataSet(name, classes=source.classes, **arrays)
+  return DataSet(classes=source.classes, **arrays)
 
 
 def _variant(path: pathlib.Path) -> pathlib.Path:
-  """The file itself, or its uncompressed form if only that is there."""
+  """Return the path of the file, or of its uncompressed form if only that one exists."""
   plain = path.with_suffix("")
   return plain if path.suffix == ".gz" and plain.exists() and not path.exists() else path
 
 
 def _digits() -> DataSet:
-  """Scikit-learn's 8x8 digits, 500 of them held back for testing, the same ones every time."""
+  """Return scikit-learn's 8x8 digits, split into training and 500 test images."""
   from sklearn.datasets import load_digits
   from sklearn.model_selection import train_test_split
 
   pixels, labels = load_digits(return_X_y=True)
-  # Grey values run from 0 to 16; on the scale 0 to 255 all data sets can be treated alike.
+  # The grey values run from 0 to 16, those of all other data sets from 0 to 255.
   images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
   train, test = train_test_split(
     np.arange(len(labels)), test_size=_DIGITS_TEST_IMAGES, stratify=labels, random_state=0
   )
   labels = labels.astype(np.uint8)
-  return DataSet("digits", images[train], labels[train], images[test], labels[test], classes=10)
+  return DataSet(images[train], labels[train], images[test], labels[test], classes=10)
 
 
 def _pydoc() -> DataSet:
-  """The language reference that comes with Python, the last tenth of it for testing.
+  """Return the language reference that is part of Python, with its last tenth for testing.
 
-  A text of half a megabyte, which differs a little from one version of Python to the next.
+  The text has half a megabyte and differs slightly between versions of Python.
   """
   from pydoc_data import topics
 
   text = "\n".join(body for _, body in sorted(topics.topics.items()))
   characters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
-  rows = (len(characters) - 1) // _CHARACTERS_A_ROW
-  end = rows * _CHARACTERS_A_ROW
-  x = characters[:end].reshape(rows, _CHARACTERS_A_ROW)
-  y = characters[1 : end + 1].reshape(rows, _CHARACTERS_A_ROW)
-  train = rows - rows // 10
-  return DataSet("pydoc", x[:train], y[:train], x[train:], y[train:], classes=128)
+  count = (len(characters) - 1) // _SEQUENCE_LENGTH
+  end = count * _SEQUENCE_LENGTH
+  x = characters[:end].reshape(count, _SEQUENCE_LENGTH)
+  y = characters[1 : end + 1].reshape(count, _SEQUENCE_LENGTH)
+  train = count - count // 10
+  return DataSet(x[:train], y[:train], x[train:], y[train:], classes=128)
 
 
-def _fetch(source: Source, folder: pathlib.Path, missing: list[str]) -> None:
-  """Puts the missing files into place, each in one move, once it is whole and its md5 is right."""
+def _download(source: Source, folder: pathlib.Path, missing: list[str]) -> None:
+  """Download missing files; move each into place only after its md5 is verified."""
   import pooch
 
   wanted = [name for name in source.md5 if name in missing or name.endswith(".tar.gz")]
@@ -170,26 +171,26 @@ def _fetch(source: Source, folder: pathlib.Path, missing: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as stage:
       for name in wanted:
         md5 = f"md5:{source.md5[name]}"
-        fetched = pooch.retrieve(source.url + name, md5, fname=name, path=stage)
+        downloaded = pooch.retrieve(source.url + name, md5, fname=name, path=stage)
         if name.endswith(".tar.gz"):
-          with tarfile.open(fetched) as archive:
+          with tarfile.open(downloaded) as archive:
             archive.extractall(stage, filter="data")
       for name in missing:
         (folder / name).parent.mkdir(exist_ok=True)
         (pathlib.Path(stage) / name).replace(folder / name)
   except (OSError, ValueError, tarfile.TarError) as error:
-    # The name of a failed connection says it all; its text is a page of nested retries.
+    # The text of a failed connection is a page of nested retries, so show its type alone.
     reason = type(error).__name__ if "Connect" in type(error).__name__ else error
     served = " ".join(source.url + name for name in wanted)
     raise DataError(
-      f"{folder / missing[0]} is missing and could not be fetched from {served} ({reason}). Put "
-      f"it there, or set BNP_OPTAX_DATA to a folder that has {folder.name}/{missing[0]}."
+      f"{folder / missing[0]} is missing and could not be downloaded from {served} ({reason}). Put "
+      f"it there, or set BNP_OPTAX_DATA to a folder that contains {folder.name}/{missing[0]}."
     ) from error
 
 
 SOURCES: dict[str, Source] = {
   "mnist": Source(
-    # A mirror: the site of MNIST's authors no longer serves the files to programs.
+    # A mirror, because the site of MNIST's authors no longer serves the files to programs.
     url="https://ossci-datasets.s3.amazonaws.com/mnist/",
     md5={
       "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",

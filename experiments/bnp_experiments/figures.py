@@ -1,4 +1,4 @@
-"""The pictures of an experiment, drawn from its outcomes alone."""
+"""The figures of an experiment, drawn from its outcomes."""
 
 from collections.abc import Iterable
 import pathlib
@@ -40,16 +40,16 @@ STYLE = {
 def draw(
   experiment: Experiment, gathered: list[Outcome], folder: pathlib.Path, dpi: int = 200
 ) -> list[pathlib.Path]:
-  """Draws the pictures of an experiment.
+  """Draw the figures of an experiment and save them.
 
   Args:
-    experiment: What was run.
-    gathered: What came out.
-    folder: Where the pictures go.
-    dpi: How many pixels make an inch of them.
+    experiment: The experiment.
+    gathered: Its outcomes.
+    folder: The folder to save the figures in.
+    dpi: Their resolution in pixels per inch.
 
   Returns:
-    Where they are.
+    The paths of the figures.
   """
   if not gathered:
     return []
@@ -64,7 +64,7 @@ def draw(
 
 
 def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """One panel a batch size: accuracy (solid) above loss (dashed), bands over the seeds."""
+  """Draw accuracy above loss, with a column per batch size and bands over the seeds."""
   columns = len(experiment.batch_sizes)
   figure, axes = plt.subplots(
     *(2, columns),
@@ -81,7 +81,7 @@ def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
     loss.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for outcome in gathered:
       if outcome.batch_size == batch_size:
-        # 0 and 100 % lie at infinity on the axis that `_scale_accuracy` may take.
+        # 0 and 100 % are infinite on the logit axis that `_scale_accuracy` may choose.
         _line(accuracy, outcome, outcome.test_accuracy.clip(0.002, 0.998), "-")
         _line(loss, outcome, outcome.train_loss, "--")
   axes[0, 0].set_ylabel("test accuracy (solid)")
@@ -97,12 +97,12 @@ def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 
 def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """Accuracy against batch size; and the steps and the seconds to a stated accuracy."""
+  """Draw accuracy, and the steps and seconds to the target accuracy, against batch size."""
   figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), gridspec_kw={"wspace": 0.3})
   accuracy, *needed = panels
   for method in experiment.methods:
     outcomes = [outcome for outcome in gathered if outcome.method == method]
-    # A run that has not come to it yet is drawn as far as it is.
+    # An unfinished run may not have reached this method.
     if not outcomes:
       continue
     sizes = [outcome.batch_size for outcome in outcomes]
@@ -122,12 +122,12 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
     axes.set_xlabel("batch size")
   accuracy.set_ylabel("test accuracy after the last epoch")
   accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  for axes, what in zip(needed, ("steps", "seconds"), strict=True):
-    # There is nothing to scale where no method has reached it.
+  for axes, unit in zip(needed, ("steps", "seconds"), strict=True):
+    # A logarithmic axis needs data, and there is none if no method reached the target.
     if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
       axes.set_yscale("log")
       label_plainly(axes)
-    axes.set_ylabel(f"{what} to {experiment.target:.0%} test accuracy")
+    axes.set_ylabel(f"{unit} to {experiment.target:.0%} test accuracy")
   _legend(experiment, gathered, accuracy)
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
   _footer(
@@ -139,7 +139,7 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 
 def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """Accuracy against learning rate, one panel a batch size."""
+  """Draw accuracy against learning rate, with a panel per batch size."""
   sizes = [size for size in _RATES_SHOWN_AT if size in experiment.batch_sizes]
   sizes = sizes or list(experiment.batch_sizes[:3])
   figure, panels = plt.subplots(
@@ -171,7 +171,7 @@ def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 
 def _times(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """The time of an epoch, one group of bars a batch size."""
+  """Draw the time of an epoch as bars, with a group per batch size."""
   figure, axes = plt.subplots(figsize=(6, 3.6))
   width = 0.8 / len(experiment.methods)
   for number, method in enumerate(experiment.methods):
@@ -196,7 +196,7 @@ def _times(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 
 def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """The paper's three panels: learning curves, Hessian's condition numbers, that of D."""
+  """Draw the paper's three panels: learning curves, and condition numbers of Hessian and D."""
   figure, (curves, hessian, d) = plt.subplots(1, 3, figsize=(11, 3.4), gridspec_kw={"wspace": 0.6})
   losses = curves.twinx()
   for outcome in gathered:
@@ -256,11 +256,11 @@ _PICTURES = {
 
 
 def _legend(experiment: Experiment, gathered: list[Outcome], axes: Axes) -> None:
-  there = {outcome.method for outcome in gathered}
+  drawn = {outcome.method for outcome in gathered}
   handles = [
     Line2D([], [], color=m.colour, marker=m.marker, markersize=4, linewidth=1.8, label=m.label)
     for m in experiment.methods
-    if m in there
+    if m in drawn
   ]
   axes.figure.legend(
     handles=handles,
@@ -281,7 +281,7 @@ def _chosen(experiment: Experiment) -> str:
 
 
 def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
-  """Where all are near 100 %, gives the last percents the room that they are compared in."""
+  """Scale accuracies, with a logit axis if they are near 100 %."""
   if best.max() > _CROWDED:
     axes.set_yscale("logit")
     axes.yaxis.set_minor_locator(NullLocator())
@@ -289,17 +289,17 @@ def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def _scale_loss(row: Iterable[Axes]) -> None:
-  """Gives the loss a logarithmic axis where it falls to a small part of what it was."""
-  low, high = np.transpose([axes.dataLim.intervaly for axes in row])
+def _scale_loss(panels: Iterable[Axes]) -> None:
+  """Scale losses, with a logarithmic axis if their range is wide."""
+  low, high = np.transpose([axes.dataLim.intervaly for axes in panels])
   if low.min() > 0 and high.max() / low.min() > _WIDE:
-    for axes in row:
+    for axes in panels:
       axes.set_yscale("log")
       axes.yaxis.set_major_formatter("{x:g}")
 
 
 def label_plainly(axes: Axes) -> None:
-  """Labels a logarithmic axis with 1, 2, 5, 10 and so on, as numbers and not as powers."""
+  """Label a logarithmic axis with plain numbers (1, 2, 5, 10, ...) instead of powers."""
   axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
   axes.yaxis.set_major_formatter("{x:g}")
   axes.yaxis.set_minor_locator(NullLocator())

@@ -1,4 +1,4 @@
-"""What came out of an experiment, one value for each method and batch size."""
+"""The outcomes of an experiment: one value for each method and batch size."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -7,30 +7,30 @@ import numpy as np
 
 from bnp_experiments.methods import Method
 
-# With room for the rounding of a difference of two accuracies.
+# One point of accuracy, plus a tolerance for the rounding of a difference.
 _POINT = 0.01 + 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What one method reached at one batch size.
+  """The results of one method at one batch size.
 
   Attributes:
     method: The method.
     batch_size: The batch size.
-    rates: The learning rates there were to choose from.
-    validation_accuracy: What each of them reached on the held-out images; empty if there was
-      nothing to choose.
-    rate: The learning rate chosen.
-    steps: Steps of an epoch.
+    rates: The learning rates to choose from.
+    validation_accuracy: Accuracy of each of them on the held-out images; empty if no choice was
+      necessary.
+    rate: The chosen learning rate.
+    steps: Steps per epoch.
     train_loss: Mean training loss of each epoch, `[epochs, seeds]`; NaN where it diverged.
     test_accuracy: Test accuracy after each epoch, `[epochs, seeds]`.
     seconds: Time of a step, one number for each round of measuring.
-    relative_times: The same over that of plain SGD.
-    conditioning: The condition numbers that `unit_conditioning.trace` gives; empty if they were not
-      measured.
-    variant: Which variant of the method was chosen; empty if it has none.
-    decays: After which epochs the learning rate was divided by ten.
+    relative_times: The same times divided by those of plain SGD.
+    conditioning: The condition numbers that `unit_conditioning.trace` returns; empty if they were
+      not measured.
+    variant: Label of the chosen variant of the method; empty if it has none.
+    decays: The epochs after which the learning rate was divided by ten.
   """
 
   method: Method
@@ -49,37 +49,46 @@ class Outcome:
 
   @property
   def at_edge(self) -> bool:
-    """Whether the chosen rate is the lowest or the highest that there was to choose from."""
+    """Whether the chosen rate is the lowest or the highest one of several."""
     return len(self.rates) > 1 and self.rate in (min(self.rates), max(self.rates))
 
   @property
   def final(self) -> np.ndarray:
-    """Test accuracy after the last epoch, of each seed."""
+    """Test accuracy of each seed after the last epoch."""
     return self.test_accuracy[-1]
 
   @property
   def early(self) -> np.ndarray:
-    """Mean test accuracy over the first third of the epochs, of each seed.
+    """Mean test accuracy of each seed over the first third of the epochs.
 
-    Of those before the first decay of the learning rate alone.
+    Epochs after the first decay of the learning rate are left out.
     """
     third = -(-len(self.test_accuracy) // 3)
     return self.test_accuracy[: min((*self.decays, third))].mean(axis=0)
 
   @property
   def gain(self) -> np.ndarray:
-    """How much test accuracy each seed gains from the first decay of the learning rate on."""
+    """Test accuracy that each seed gains after the first decay of the learning rate."""
     before = min((*self.decays, len(self.test_accuracy)))
     return self.final - self.test_accuracy[before - 1]
 
   def first_epoch(self, accuracy: float) -> float:
-    """The epoch after which the mean over the seeds reaches an accuracy; infinite if none."""
+    """Return the epoch after which the mean over the seeds reaches an accuracy, or infinity."""
     reached = self.test_accuracy.mean(axis=1) >= accuracy
     return float(np.argmax(reached)) + 1 if reached.any() else np.inf
 
 
 def find(outcomes: Sequence[Outcome], method: str, batch_size: int | None) -> Outcome | None:
-  """The outcome of a method, if it was run; `batch_size` may be None where there is only one."""
+  """Return the outcome of a method, or None if it was not run.
+
+  Args:
+    outcomes: The outcomes of an experiment.
+    method: Name of the method.
+    batch_size: The batch size; None for the first one.
+
+  Returns:
+    The outcome, or None.
+  """
   for outcome in outcomes:
     if outcome.method.name == method and batch_size in (None, outcome.batch_size):
       return outcome
@@ -87,17 +96,17 @@ def find(outcomes: Sequence[Outcome], method: str, batch_size: int | None) -> Ou
 
 
 def plateau(rates: Sequence[float], accuracy: np.ndarray) -> tuple[float, float]:
-  """Between which learning rates a method does as well as at its best, to within a point.
+  """Return the range of learning rates at which a method is within one point of its best accuracy.
 
-  Nothing is said of what lies between two rates that were tried.
+  Accuracies between two rates of the grid are unknown and not considered.
 
   Args:
-    rates: The rates that were tried, in rising order.
-    accuracy: What each of them reached.
+    rates: The rates of the grid, in ascending order.
+    accuracy: The accuracy at each of them.
 
   Returns:
-    The lowest and the highest rate of the unbroken run of rates around the best one whose accuracy
-    is at most one point below its.
+    The lowest and the highest of the consecutive rates around the best one whose accuracy is at
+    most one point lower.
   """
   best = int(np.argmax(accuracy))
   below = np.flatnonzero(accuracy < accuracy[best] - _POINT)
@@ -107,7 +116,7 @@ def plateau(rates: Sequence[float], accuracy: np.ndarray) -> tuple[float, float]
 
 
 def percent(values: np.ndarray) -> str:
-  """Mean and range of accuracies, in percent."""
+  """Format the mean and the range of accuracies, in percent."""
   if len(values) == 1:
     return f"{100 * values[0]:.1f}"
   return f"{100 * values.mean():.1f} ({100 * values.min():.1f}–{100 * values.max():.1f})"

@@ -1,4 +1,4 @@
-"""What came out: the records of an experiment gathered, and shown as tables."""
+"""The outcomes of experiments, gathered from their records and formatted as tables."""
 
 import pathlib
 
@@ -15,7 +15,7 @@ from bnp_experiments.results import FILE, Results, read_results
 
 
 def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
-  """Gathers what has been completed of an experiment, from its records alone."""
+  """Gather the completed outcomes of an experiment from its records."""
   gathered = []
   for batch_size in experiment.batch_sizes:
     times = results.find(**experiment.time_settings(batch_size))
@@ -62,11 +62,11 @@ def _conditioning(
 
 
 def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:
-  """Shows the outcomes, one row a method and one column a batch size.
+  """Tabulate the final test accuracies, with a line per method and a column per batch size.
 
   Args:
-    experiment: What was run.
-    gathered: What came out.
+    experiment: The experiment.
+    gathered: Its outcomes.
 
   Returns:
     The table for the terminal, and the same table in Markdown.
@@ -85,22 +85,22 @@ def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]
 
 
 def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:
-  """Says over how many decades of the learning rate a method does as well as at its best.
+  """Tabulate the width of the range of learning rates at which a method is near its best.
 
   Args:
-    experiment: What was run.
-    gathered: What came out.
+    experiment: The experiment.
+    gathered: Its outcomes.
 
   Returns:
-    The table for the terminal, and the same table in Markdown, with what its numbers mean.
+    The table for the terminal, and the same table in Markdown, both with an explanatory note.
   """
   cells = {(outcome.method, outcome.batch_size): outcome for outcome in gathered}
   columns = ("method", *(f"batch size {batch_size}" for batch_size in experiment.batch_sizes))
-  rows = [
+  lines = [
     (method.label, *(_decades(cells.get((method, size))) for size in experiment.batch_sizes))
     for method in experiment.methods
   ]
-  shown, markdown = table(columns, rows)
+  shown, markdown = table(columns, lines)
   note = (
     "Decades of the learning rate: from the lowest to the highest rate of the unbroken run of "
     f"grid rates, of {len(experiment.rates)} from {min(experiment.rates):g} to "
@@ -113,7 +113,7 @@ def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, st
 
 
 def claims(folder: pathlib.Path) -> tuple[Table, str]:
-  """Says of each claim whether it holds, by the results at the largest scale there are.
+  """Tabulate the verdict on each claim, by the results at the largest scale available.
 
   Args:
     folder: The folder of the results of all experiments.
@@ -121,19 +121,19 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
   Returns:
     The table for the terminal, and the same table in Markdown.
   """
-  rows = []
+  lines = []
   for experiment in EXPERIMENTS.values():
     shown, gathered = _largest(experiment, folder)
     setting = caption(shown) if gathered else "no results"
     name = f"{shown.name} ({shown.place})" if shown.place else shown.name
     for claim in shown.claims:
       judgement = claim.judge(gathered)
-      rows.append((name, setting, claim.text, judgement.measured, judgement.verdict))
-  return table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), rows)
+      lines.append((name, setting, claim.text, judgement.measured, judgement.verdict))
+  return table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), lines)
 
 
 def rates(folder: pathlib.Path) -> tuple[Table, str]:
-  """Sets the learning rates of the paper's Tables 2 and 3 beside those that were chosen here.
+  """Tabulate the learning rates of the paper's Tables 2 and 3 beside those chosen here.
 
   Args:
     folder: The folder of the results of all experiments.
@@ -141,46 +141,46 @@ def rates(folder: pathlib.Path) -> tuple[Table, str]:
   Returns:
     The table for the terminal, and the same table in Markdown.
   """
-  rows = []
+  lines = []
   for experiment in EXPERIMENTS.values():
     shown, gathered = _largest(experiment, folder)
     for method in experiment.methods:
       found = find(gathered, method.name, None)
       if method.name in experiment.paper_rates and found and len(found.rates) > 1:
         theirs = f"{experiment.paper_rates[method.name]:g}"
-        rows.append((f"{shown.name} ({shown.place})", method.label, theirs, _rate(found)))
-  return table(("experiment", "method", "rate in the paper", "rate chosen here"), rows)
+        lines.append((f"{shown.name} ({shown.place})", method.label, theirs, _rate(found)))
+  return table(("experiment", "method", "rate in the paper", "rate chosen here"), lines)
 
 
 def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, list[Outcome]]:
   for scale in reversed(SCALES):
     shown = experiment.at(scale)
-    there = (folder / shown.folder / FILE).exists()
-    # A run that has only just begun hides no smaller one.
-    if there and (gathered := outcomes(shown, read_results(folder / shown.folder))):
+    exists = (folder / shown.folder / FILE).exists()
+    # A run without complete results must not hide a complete one at a smaller scale.
+    if exists and (gathered := outcomes(shown, read_results(folder / shown.folder))):
       return shown, gathered
   return experiment, []
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> tuple[Table, str]:
-  """A table for the terminal, and the same table in Markdown."""
+def table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> tuple[Table, str]:
+  """Return a table for the terminal, and the same table in Markdown."""
   shown = Table(*columns)
   markdown = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-  for row in rows:
-    shown.add_row(*row)
-    markdown.append(f"| {' | '.join(row)} |")
+  for cells in lines:
+    shown.add_row(*cells)
+    markdown.append(f"| {' | '.join(cells)} |")
   return shown, "\n".join([*markdown, ""])
 
 
 def caption(experiment: Experiment) -> str:
-  """The setting of an experiment, in one line."""
+  """Describe the setting of an experiment in one line."""
   runs, epochs = count(experiment.seeds, "seed"), count(experiment.length, "epoch")
   images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
   return f"{experiment.dataset}{images}, {experiment.network.title}, {epochs}, {runs}"
 
 
 def count(number: int, thing: str) -> str:
-  """Such as "1 epoch" and "3 epochs"."""
+  """Format a number of things, such as "1 epoch" and "3 epochs"."""
   return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

@@ -1,10 +1,11 @@
-"""The paper's residual networks, as Flax modules with a free choice of normalization layer.
+"""The paper's residual networks, as Flax modules with an optional normalization layer.
 
-He et al., Deep Residual Learning for Image Recognition, CVPR 2016 (2016a), and Identity Mappings in
-Deep Residual Networks, ECCV 2016 (2016b), whose normalization layers may be any, or left out.
-Convolutions have biases where no normalization follows, or where `use_bias` says so: BNP subtracts
-the mean of what a layer reads by way of its bias, and GroupNorm does not take that bias away.
-Weights are He-normal, not truncated, as in PyTorch, with which the paper trains these networks.
+The networks are those of He et al., Deep Residual Learning for Image Recognition, CVPR 2016 (2016a)
+and Identity Mappings in Deep Residual Networks, ECCV 2016 (2016b), with any normalization layer or
+none. Convolutions have biases in networks without normalization, or if `use_bias` is True: BNP
+subtracts the mean of a layer's inputs by means of its bias, and GroupNorm does not cancel that
+bias. Weights are He-normal without truncation, as in PyTorch, which the paper uses for these
+networks.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from bnp_experiments.models import Norm, normalize
 
 
 def batch_norm(train: bool) -> nn.Module:
-  """BatchNorm with the momentum and epsilon of PyTorch."""
+  """Return BatchNorm with the momentum and epsilon of PyTorch."""
   return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
 
 
@@ -27,16 +28,16 @@ class ResNet(nn.Module):
   """The residual network for CIFAR, of 6n + 2 layers (2016a, Section 4.2).
 
   A 3 x 3 convolution of 16 channels, three stages of n blocks with 16, 32 and 64 channels, the mean
-  over positions, and the output layer. Shortcuts have no parameters (option A): where the channels
-  double, they skip every other position and fill up with zeros.
+  over positions, and the output layer. Shortcuts have no parameters (option A): if the number of
+  channels doubles, they drop every other position and pad the new channels with zeros.
 
   Attributes:
     depth: Number of layers with weights: 8, 14, 20, ..., 110.
     preactivation: Whether normalization and ReLU come before each convolution (2016b, Figure 4e).
     classes: Number of outputs.
-    norm: Makes the normalization layers; None for a network without any.
-    init_scale: What He's initial weights are multiplied with.
-    use_bias: Whether convolutions have biases; None for where there is no norm.
+    norm: Function that returns a normalization layer; None for a network without normalization.
+    init_scale: Factor of He's initial weights.
+    use_bias: Whether convolutions have biases; None for biases in networks without normalization.
   """
 
   depth: int = 20
@@ -48,7 +49,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps images `[batch, height, width, channels]` to logits `[batch, classes]`."""
+    """Map images `[batch, height, width, channels]` to logits `[batch, classes]`."""
     blocks, rest = divmod(self.depth - 2, 6)
     if rest or blocks < 1:
       raise ValueError(f"A residual network for CIFAR has 6n + 2 layers, not {self.depth}.")
@@ -69,7 +70,7 @@ class ResNet(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network, without its norm."""
+    """Name of the network in figures and records, without its norm."""
     return f"{'preactivation ' * self.preactivation}ResNet-{self.depth}"
 
 
@@ -77,14 +78,14 @@ class ResNet18(nn.Module):
   """ResNet-18 for ImageNet (2016a, Table 1).
 
   A 7 x 7 convolution and 3 x 3 max pooling, both with stride 2, four stages of two blocks with 64
-  to 512 channels, the mean over positions, and the output layer. Where the channels double, a 1 x 1
-  convolution is the shortcut (option B).
+  to 512 channels, the mean over positions, and the output layer. If the number of channels doubles,
+  the shortcut is a 1 x 1 convolution (option B).
 
   Attributes:
     classes: Number of outputs.
-    norm: Makes the normalization layers; None for a network without any.
-    init_scale: What He's initial weights are multiplied with.
-    use_bias: Whether convolutions have biases; None for where there is no norm.
+    norm: Function that returns a normalization layer; None for a network without normalization.
+    init_scale: Factor of He's initial weights.
+    use_bias: Whether convolutions have biases; None for biases in networks without normalization.
   """
 
   classes: int = 1000
@@ -94,10 +95,10 @@ class ResNet18(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps images `[batch, height, width, channels]` to logits `[batch, classes]`."""
+    """Map images `[batch, height, width, channels]` to logits `[batch, classes]`."""
     conv = _conv(self.init_scale, self.norm is None if self.use_bias is None else self.use_bias)
     hidden = _activate(conv(64, (7, 7), strides=2, padding=3)(images), self.norm, train)
-    # What is padded is not negative, so zeros do not change the maxima.
+    # ReLU outputs are not negative, so padding with zeros does not change the maxima.
     hidden = jnp.pad(hidden, ((0, 0), (1, 1), (1, 1), (0, 0)))
     hidden = nn.max_pool(hidden, (3, 3), strides=(2, 2))
     for stage, channels in enumerate((64, 128, 256, 512)):
@@ -109,28 +110,29 @@ class ResNet18(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network, without its norm."""
+    """Name of the network in figures and records, without its norm."""
     return "ResNet-18"
 
 
-# Where normalization and ReLU are in a block: after each convolution and, the last, after the sum
-# (2016a); before each convolution (2016b); or so, but the input of the block has had them already.
+# Positions of normalization and ReLU in a block. Post: after each convolution, with the last ReLU
+# after the sum (2016a). Pre: before each convolution (2016b). First: as pre, but the input of the
+# block is already normalized and activated.
 _POST, _PRE, _FIRST = "post", "pre", "first"
 
 
 class Block(nn.Module):
-  """Two 3 x 3 convolutions, whose result is added to a shortcut.
+  """Two 3 x 3 convolutions, whose output is added to a shortcut.
 
-  Before a convolution, normalization and ReLU belong to the residual branch alone; where the shape
-  changes, to the shortcut too (2016b; so the authors' code).
+  Normalization and ReLU before a convolution apply to the residual branch only, and also to the
+  shortcut if the shape changes (2016b, in the authors' code).
 
   Attributes:
-    channels: Channels of both convolutions.
-    conv: Makes them.
-    norm: Makes the normalization layers; None for none.
+    channels: Number of channels of both convolutions.
+    conv: Function that returns a convolution.
+    norm: Function that returns a normalization layer; None for no normalization.
     stride: Stride of the first convolution.
-    projection: Whether the shortcut is a 1 x 1 convolution, or has no parameters.
-    order: Where normalization and ReLU are.
+    projection: Whether the shortcut is a 1 x 1 convolution instead of having no parameters.
+    order: Position of normalization and ReLU.
   """
 
   channels: int
@@ -142,7 +144,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
-    """Maps `[batch, height, width, channels]` to the same, or to half the height and width."""
+    """Map `[batch, height, width, channels]` to the same shape, or to half the height and width."""
     hidden = _activate(inputs, self.norm, train) if self.order == _PRE else inputs
     changes = self.stride > 1 or inputs.shape[-1] != self.channels
     shortcut = hidden if changes else inputs

@@ -1,7 +1,7 @@
-"""Small transformers, as Flax modules with a free choice of normalization layer.
+"""Small transformers, as Flax modules with an optional normalization layer.
 
-They go beyond the paper: normalization comes before attention and before the dense layers, and
-before the output layer, as usual today.
+They go beyond the paper. Normalization comes before attention, before the dense layers of a block
+and before the output layer, as in current transformers.
 """
 
 from flax import linen as nn
@@ -12,17 +12,17 @@ from bnp_experiments.models import Norm, normalize, with_channels
 
 
 class ViT(nn.Module):
-  """A vision transformer: patches, learned positions, blocks, the mean over patches, the output.
+  """A vision transformer: patches, learned positions, blocks, mean over patches, output layer.
 
-  After Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021.
+  The network follows Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021.
 
   Attributes:
     patch: Height and width of a patch.
     blocks: Number of blocks.
-    width: Features of each token.
-    heads: Heads of the attention.
+    width: Number of features of each token.
+    heads: Number of attention heads.
     classes: Number of outputs.
-    norm: Makes the normalization layers; None for a network without any.
+    norm: Function that returns a normalization layer; None for a network without normalization.
   """
 
   patch: int = 4
@@ -34,7 +34,7 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps images `[batch, height, width]` or `[..., channels]` to logits `[batch, classes]`."""
+    """Map images `[batch, height, width]` or `[..., channels]` to logits `[batch, classes]`."""
     size = (self.patch, self.patch)
     tokens = nn.Conv(self.width, size, strides=size, padding="VALID")(with_channels(images))
     hidden = _add_positions(self, tokens.reshape(len(tokens), -1, self.width))
@@ -45,21 +45,21 @@ class ViT(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network, without its norm."""
+    """Name of the network in figures and records, without its norm."""
     return f"ViT {self.blocks} x {self.width}, patch {self.patch}"
 
 
 class LanguageModel(nn.Module):
-  """A decoder that predicts the next of a sequence of tokens, such as characters.
+  """A decoder that predicts the next token of a sequence, such as a text of characters.
 
-  After Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+  The network follows Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 
   Attributes:
     blocks: Number of blocks.
-    width: Features of each token.
-    heads: Heads of the attention.
-    classes: How many different tokens there are.
-    norm: Makes the normalization layers; None for a network without any.
+    width: Number of features of each token.
+    heads: Number of attention heads.
+    classes: Number of different tokens.
+    norm: Function that returns a normalization layer; None for a network without normalization.
   """
 
   blocks: int = 2
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
-    """Maps tokens `[batch, time]` to logits `[batch, time, classes]` of those that come next."""
+    """Map tokens `[batch, time]` to logits `[batch, time, classes]` of the next tokens."""
     hidden = _add_positions(self, nn.Embed(self.classes, self.width)(tokens))
     mask = nn.make_causal_mask(tokens)
     for _ in range(self.blocks):
@@ -79,16 +79,16 @@ class LanguageModel(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network, without its norm."""
+    """Name of the network in figures and records, without its norm."""
     return f"language model {self.blocks} x {self.width}"
 
 
 class Block(nn.Module):
-  """Attention, and two dense layers four times as wide in between, each beside a shortcut.
+  """Attention, and two dense layers with a hidden width four times as large, with shortcuts.
 
   Attributes:
-    heads: Heads of the attention.
-    norm: Makes the normalization layers; None for none.
+    heads: Number of attention heads.
+    norm: Function that returns a normalization layer; None for no normalization.
   """
 
   heads: int
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, *, train: bool) -> jax.Array:
-    """Maps `[batch, time, width]` to the same; `mask` is True where a token may look."""
+    """Map `[batch, time, width]` to the same shape; `mask` is True where a token may attend."""
     width = hidden.shape[-1]
     attention = nn.MultiHeadDotProductAttention(self.heads)
     hidden = hidden + attention(normalize(hidden, self.norm, train), mask=mask)

@@ -1,9 +1,9 @@
-"""How well conditioned the first unit of the output layer is, as training goes (Figure 8).
+"""Condition numbers of the first unit of the output layer during training (Figure 8).
 
-The Hessian of the loss with respect to that unit's bias and weights is H^T S H (Proposition 2);
-for cross entropy S is the diagonal of p (1 - p) / N. With more weights than examples it is
-singular, and its small eigenvalues are lost to rounding. So the condition numbers are those of
-S^(1/2) H, squared, in float64.
+The Hessian of the loss with respect to that unit's bias and weights is H^T S H (Proposition 2); for
+cross entropy S is the diagonal of p (1 - p) / N. With more weights than examples it is singular,
+and its small eigenvalues are lost to rounding. Therefore its condition number is computed as the
+square of that of S^(1/2) H, in float64.
 """
 
 from typing import Any
@@ -16,26 +16,26 @@ from bnp_experiments.models import MLP
 from bnp_optax import conditioning
 
 _STEPS_APART = 5
-# The paper's, and none.
+# Relative and absolute epsilon.
 _EPSILONS = {"paper": (1e-2, 1e-4), "none": (0.0, 0.0)}
 
 
 def trace(
   setup: training.Setup, rate: float, epochs: int, images: Any, labels: Any
 ) -> dict[str, Any]:
-  """Trains one run, and measures before every fifth step, on the batch of that step.
+  """Train one run and measure condition numbers before every fifth step, on the batch of the step.
 
   Args:
-    setup: What is trained, and how: a fully connected network without norm.
+    setup: The setup of the training, of a fully connected network without norm.
     rate: The learning rate.
-    epochs: How long.
+    epochs: The number of epochs.
     images: The training images.
     labels: Their labels.
 
   Returns:
-    Lists of numbers, one for each measurement: the `steps` taken, the condition number of the
-    Hessian (`plain`); and, where BNP is trained, `preconditioned` and that of D (`D`), each with
-    the paper's epsilons and with none.
+    Lists with one number for each measurement: the number of completed `steps` and the condition
+    number of the Hessian (`plain`). With BNP also the condition numbers of the preconditioned
+    Hessian (`preconditioned`) and of D (`D`), each with the paper's epsilons and with none.
   """
   lanes = training.make_lanes([1], [rate])
   state = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, images))
@@ -44,9 +44,9 @@ def trace(
   for epoch in range(1, epochs + 1):
     (order,) = training.epoch_order(lanes.seeds, epoch, len(images))
     for first in range(0, setup.steps, _STEPS_APART):
-      rows = order[first * setup.batch_size : (first + 1) * setup.batch_size]
+      batch = order[first * setup.batch_size : (first + 1) * setup.batch_size]
       measured["steps"].append((epoch - 1) * setup.steps + first)
-      for name, value in _measure(setup, state, images[rows]).items():
+      for name, value in _measure(setup, state, images[batch]).items():
         measured.setdefault(name, []).append(value)
       last = min(first + _STEPS_APART, setup.steps)
       run = (lanes.seeds[0], lanes.rates[0], order)
@@ -82,7 +82,7 @@ def _measure(
 
 @jax.jit(static_argnums=0)
 def _forward(model: MLP, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What the output layer reads, and the logits."""
+  """Return the inputs of the output layer and the logits."""
   logits, variables = model.apply(
     {"params": params},
     training.as_inputs(images),
@@ -90,15 +90,15 @@ def _forward(model: MLP, params: Any, images: jax.Array) -> tuple[jax.Array, jax
     capture_intermediates=lambda module, _: module.name in params,
     mutable=["intermediates"],
   )
-  seen: Any = variables["intermediates"]
-  return jax.nn.relu(seen[_layers(params)[-2]]["__call__"][0]), logits
+  outputs: Any = variables["intermediates"]
+  return jax.nn.relu(outputs[_layers(params)[-2]]["__call__"][0]), logits
 
 
 def _layers(params: Any) -> list[str]:
-  """The names of the dense layers, in their order."""
+  """Return the names of the dense layers in their order."""
   return sorted(params, key=lambda name: int(name.removeprefix("Dense_")))
 
 
 def _kappa(matrix: np.ndarray) -> float:
-  # Without epsilons, the deviation of a unit that is dead for long becomes 0.
+  # Without epsilons, D divides by the standard deviation of a dead unit, which decays to 0.
   return float(conditioning.condition_number(matrix)) if np.isfinite(matrix).all() else np.nan

@@ -1,3 +1,3 @@
-"""The settings of the library's tests."""
+"""Settings for every test, shared with the tests of the library."""
 
-from tests.conftest import standard_promotion, strict_promotion, x64  # noqa: F401
+from tests.conftest import standard_promotion, strict_promotion  # noqa: F401

@@ -1,4 +1,4 @@
-"""Augmented images are what they may be, all of that occurs, and the key decides."""
+"""Tests of the augmentations: possible results, their frequencies, and reproducibility."""
 
 import collections
 
@@ -16,7 +16,7 @@ def padded(image):
 
 
 def parts(image, size):
-  """What may be cut out of an image, and mirrored: where, by content."""
+  """Return the position and flip of every possible crop of an image, by its bytes."""
   found = {}
   for top in range(image.shape[0] - size + 1):
     for left in range(image.shape[1] - size + 1):
@@ -34,7 +34,7 @@ def test_cifar():
   augmented = jax.jit(augmentation.augment_cifar)(jax.random.key(0), images)
   assert augmented.dtype == np.uint8
   counts = collections.Counter(possible[part.tobytes()] for part in np.asarray(augmented))
-  # 20 of each are expected: the squared distance has 161 degrees of freedom.
+  # The chi-squared statistic of 20 expected images for each crop has 161 degrees of freedom.
   assert len(counts) == 9 * 9 * 2
   assert sum((count - 20) ** 2 / 20 for count in counts.values()) < 161 + 4 * np.sqrt(2 * 161)
 
@@ -52,7 +52,7 @@ def test_imagenet():
   assert augmented.shape == (12, 224, 224, 1)
   places = set()
   for image, result in zip(images, augmented, strict=True):
-    # The first row finds the place; then every pixel must agree.
+    # Locate the crop by its first line of pixels, then compare every pixel.
     for flip in (False, True):
       part = result[:, ::-1] if flip else result
       windows = np.lib.stride_tricks.sliding_window_view(image[:, :, 0], 224, axis=1)
@@ -64,16 +64,8 @@ def test_imagenet():
   assert max(max(top, left) for top, left, _ in places) <= 32
 
 
-def test_imagenet_at_test_time_is_the_middle():
-  images = np.arange(256 * 256).reshape(1, 256, 256, 1)
-  middle = augmentation.crop_imagenet(images)
-  assert middle.shape == (1, 224, 224, 1)
-  assert middle[0, 0, 0, 0] == 16 * 256 + 16
-  assert middle[0, -1, -1, 0] == 239 * 256 + 239
-
-
 @pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)
-def test_the_key_decides(name):
+def test_results_depend_on_the_key_alone(name):
   images = RNG.integers(0, 256, (8, 256, 256, 1), np.uint8)
   augment = jax.jit(augmentation.AUGMENTATIONS[name])
   first, again, other = (np.asarray(augment(jax.random.key(k), images)) for k in (0, 0, 1))

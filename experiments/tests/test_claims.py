@@ -1,4 +1,4 @@
-"""The rules by which claims hold, on outcomes made by hand."""
+"""Tests of the rules that judge claims, on outcomes written by hand."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def _outcome(method, accuracy, batch_size=6, seconds=()):
-  """Accuracies in percent, `[epochs][seeds]`."""
+  """Return an outcome with these accuracies, in percent, `[epochs][seeds]`."""
   accuracy = np.array(accuracy, float) / 100
   nothing = np.array([])
   times = np.array(seconds, float)
@@ -52,7 +52,7 @@ def test_verdicts(judge, verdict, measured):
   assert measured in judgement.measured
 
 
-def test_overfitting_is_falling_back_from_the_middle_to_the_last_third():
+def test_overfitting_is_a_fall_from_the_middle_third_to_the_last():
   outcome = _outcome(methods.BNP, [[30, 32], [40, 41], [50, 52], [52, 51], [50, 50], [49, 51]])
   judgement = claims.falls_back("bnp")([outcome])
   assert judgement == ("holds", "middle third 51.2 (51.0–51.5), last 50.0 (49.5–50.5)")
@@ -63,7 +63,7 @@ def test_a_single_epoch_cannot_fall_back():
   assert judgement == ("within the spread", "fewer than three epochs")
 
 
-def test_one_run_tells_nothing():
+def test_one_run_is_within_the_spread():
   pair = [_outcome(methods.BNP, [[60]]), _outcome(methods.SGD, [[10]])]
   assert claims.better("bnp", "sgd")(pair).verdict == "within the spread"
 
@@ -112,14 +112,14 @@ def test_times_are_compared_round_by_round(seconds, verdict):
   assert claims.quicker("bnp", "sgd", 6)(outcomes).verdict == verdict
 
 
-def test_near_the_top_less_is_comparable():
+def test_the_tolerance_shrinks_with_the_error():
   outcomes = [_outcome(methods.BNP, [[98.0]]), _outcome(methods.SGD, [[97.0]])]
   assert claims.comparable("bnp", "sgd")(outcomes).verdict == "does not hold"
   outcomes[1] = _outcome(methods.SGD, [[97.7]])
   assert claims.comparable("bnp", "sgd")(outcomes).verdict == "holds"
 
 
-def test_an_outcome_knows_when_it_reaches_an_accuracy():
+def test_first_epoch_of_an_accuracy():
   assert SGD.first_epoch(0.4) == 3
   assert SGD.first_epoch(0.9) == np.inf
   assert not SGD.at_edge

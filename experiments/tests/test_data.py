@@ -1,4 +1,4 @@
-"""The data sets: the canonical files are read, and nothing else is trained on."""
+"""Tests of the data sets: canonical files are read, and all other files are refused."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def _cifar(images, labels, coarse):
 
 
 def _canonical_files(name, arrays):
-  """The files of a small data set, as its site would serve or its archive hold them."""
+  """Return the files of a small data set in their published format, by name."""
   source = PUBLISHED[name]
   files = {}
   for split, names in zip(("train", "test"), source.files, strict=True):
@@ -69,7 +69,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(params=list(data.SOURCES))
 def small(request, monkeypatch):
-  """A data set in the published format, with few images."""
+  """Register a data set with few images; return its name, its arrays and its files."""
   name = request.param
   arrays = _arrays(data.SOURCES[name])
   hashes = {part: hashlib.sha256(array.tobytes()).hexdigest() for part, array in arrays.items()}
@@ -145,7 +145,7 @@ def test_refuses_labels_out_of_range(home, offline, small):
 @pytest.mark.parametrize(
   "header", [(0, 0, 9, 3, 10, 28, 28), (0, 0, 8, 3, 10, 28, 27), (0, 0, 8, 1, 7840, 0, 0)]
 )
-def test_refuses_another_header(home, offline, small, header):
+def test_refuses_a_different_header(home, offline, small, header):
   name, arrays, files = small
   bad = struct.pack(">BBBB3I", *header) + arrays["x_train"].tobytes()
   _write(home / name, files | {"train-images-idx3-ubyte.gz": gzip.compress(bad)})
@@ -172,7 +172,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, offline, smal
 
 @pytest.fixture
 def site(tmp_path, monkeypatch, small):
-  """Serves the files of the small data set as its own site would."""
+  """Serve the files of the small data set over HTTP, in an archive if they are published so."""
   name, _, files = small
   root = tmp_path / "site"
   root.mkdir()
@@ -202,7 +202,7 @@ def site(tmp_path, monkeypatch, small):
     server.shutdown()
 
 
-def test_fetches_what_is_missing_and_only_that(home, small, site):
+def test_downloads_missing_files_only(home, small, site):
   name, arrays, files = small
   first, *rest = files
   _write(home / name, {first: files[first]})
@@ -218,7 +218,7 @@ def test_an_altered_download_leaves_nothing_behind(home, small, site):
   name = small[0]
   for path in site.iterdir():
     path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(DataError, match="could not be fetched"):
+  with pytest.raises(DataError, match="could not be downloaded"):
     data.load(name)
   assert list((home / name).rglob("*")) == []
 

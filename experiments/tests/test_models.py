@@ -1,4 +1,4 @@
-"""The networks: published sizes, every kernel covered, and outputs that are what they should be."""
+"""Tests of the networks: published sizes, covered kernels, and outputs of a NumPy reference."""
 
 import functools
 import math
@@ -41,7 +41,7 @@ def count(tree):
 
 
 def resnet_parameters(depth):
-  """Of 6n + 2 layers without biases, with scale and bias for each channel (2016a, Section 4.2)."""
+  """Count parameters without convolution biases, with a norm per layer (2016a, Section 4.2)."""
   n = (depth - 2) // 6
   convs = [(3, 16)] + [(16, 16)] * 2 * n
   convs += [(16, 32)] + [(32, 32)] * (2 * n - 1) + [(32, 64)] + [(64, 64)] * (2 * n - 1)
@@ -56,7 +56,7 @@ def resnet_parameters(depth):
     (CNN(), CIFAR, 9 * (3 * 32 + 32 * 64 + 64 * 32) + 128 + 512 * 64 + 64 + 64 * 10 + 10),
     (ResNet(20, norm=resnet.batch_norm), CIFAR, resnet_parameters(20)),
     (ResNet(110, norm=resnet.batch_norm), CIFAR, resnet_parameters(110)),
-    # As torchvision counts it.
+    # The number of torchvision.
     (ResNet18(norm=resnet.batch_norm), IMAGENET, 11_689_512),
   ],
   ids=lambda value: getattr(value, "title", None),
@@ -69,7 +69,7 @@ def test_number_of_parameters(model, shape, expected):
   ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
 )
 def test_number_of_parameters_as_published(depth, millions):
-  """Table 6 of He et al. (2016a)."""
+  """Compare the numbers of parameters with Table 6 of He et al. (2016a)."""
   digits = 1 if depth == 110 else 2
   assert round(resnet_parameters(depth) / 1e6, digits) == millions
 
@@ -105,7 +105,7 @@ def test_every_kernel_is_covered(name, norm):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_trains_with_bnp(name):
-  """Statistics of every layer reach the optimizer, in one step that is only traced."""
+  """Trace one step, in which the statistics of every layer must reach the optimizer."""
   model, shape = SMALL[name]
   layers = bnp_optax.linen.layers(model, images(shape), train=True, strict=True)
   tx = bnp_optax.scale_by_bnp(layers=layers)
@@ -153,7 +153,7 @@ def conv(h, layer, *, padding=0, stride=1):
 
 @pytest.mark.parametrize("norm", ["none", "batch_norm"])
 def test_cnn_layer_by_layer(norm):
-  """norm(pool(relu(W h + b))): what is normalized is what the next layer reads."""
+  """Compare with norm(pool(relu(W h + b))), which normalizes the inputs of the next layer."""
   x = np.random.default_rng(0).normal(size=(3, 12, 12, 2)).astype(np.float32)
   model = CNN((4, 5), 6, norm=NORMS[norm])
   variables, params = init(model, x)
@@ -232,7 +232,7 @@ def test_language_model_does_not_look_ahead():
   logits = forward(model, variables, tokens)
   np.testing.assert_array_equal(logits[0, :3], logits[1, :3])
   assert np.abs(logits[0, 3] - logits[1, 3]).max() > 1e-3
-  # But it does look at what has been: only the first token of these differs.
+  # Earlier tokens count: these two sequences differ in their first token alone.
   assert np.abs(logits[0, 4] - logits[2, 4]).max() > 1e-4
 
 

@@ -1,6 +1,7 @@
-"""Every experiment runs at the smallest scale, and says what it must."""
+"""Tests of the catalogue: every experiment runs at the smallest scale and judges its claims."""
 
 import dataclasses
+import functools
 import pathlib
 
 from bnp_experiments import data, evaluation, imagenet, training
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-SEEN = {"digits", "mnist", "cifar10", "pydoc"}
+AVAILABLE = {"digits", "mnist", "cifar10", "pydoc"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -27,7 +28,7 @@ def test_is_well_formed_at_every_scale(name):
     assert scaled.scale == scale
     scaled.check()
     assert len(scaled.claims) == len(experiment.claims)
-    # Colours and markers both tell the methods of one picture apart.
+    # Both the colours and the markers of the methods in one figure are distinct.
     assert len({method.colour for method in scaled.methods}) == len(scaled.methods)
     assert len({method.marker for method in scaled.methods}) == len(scaled.methods)
     for claim in scaled.claims:
@@ -36,7 +37,7 @@ def test_is_well_formed_at_every_scale(name):
 
 @pytest.mark.data
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if EXPERIMENTS[n].dataset in SEEN])
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if EXPERIMENTS[n].dataset in AVAILABLE])
 def test_runs_at_smoke_scale(name, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("sys.argv", ["bnp-optax", "run", name, "--scale", "smoke"])
@@ -47,18 +48,18 @@ def test_runs_at_smoke_scale(name, monkeypatch, tmp_path):
   monkeypatch.setattr("sys.argv", ["bnp-optax", "report"])
   assert main() == 0
   report = pathlib.Path("bnp_optax_results/claims.md").read_text()
-  rows = [row for row in report.splitlines() if row.startswith(f"| {name} ")]
-  assert len(rows) == len(experiment.claims)
-  assert not any("not run" in row for row in rows)
+  claims = [line for line in report.splitlines() if line.startswith(f"| {name} ")]
+  assert len(claims) == len(experiment.claims)
+  assert not any("not run" in line for line in claims)
 
 
 def _cifar100(folder):
   rng = np.random.default_rng(0)
   (folder / "cifar-100-binary").mkdir(parents=True)
   for file, count in (("train.bin", 500), ("test.bin", 100)):
-    rows = rng.integers(0, 256, (count, 2 + 3072), np.uint8)
-    rows[:, :2] = np.arange(count)[:, None] % [20, 100]
-    (folder / "cifar-100-binary" / file).write_bytes(rows.tobytes())
+    records = rng.integers(0, 256, (count, 2 + 3072), np.uint8)
+    records[:, :2] = np.arange(count)[:, None] % [20, 100]
+    (folder / "cifar-100-binary" / file).write_bytes(records.tobytes())
 
 
 def _imagenet(folder, classes=imagenet.CLASSES):
@@ -77,9 +78,8 @@ def _imagenet(folder, classes=imagenet.CLASSES):
   ("name", "make", "parameters"),
   [("fig6-right", _cifar100, 1_736_000), ("fig7", _imagenet, 11_689_512)],
 )
-def test_what_cannot_be_had_takes_real_steps_on_files_of_its_format(
-  name, make, parameters, tmp_path, monkeypatch
-):
+def test_takes_steps_on_generated_files(name, make, parameters, tmp_path, monkeypatch):
+  """Train on generated files of data sets that are not available to the tests."""
   monkeypatch.setenv("BNP_OPTAX_DATA", str(tmp_path))
   monkeypatch.setattr(evaluation, "_AT_ONCE", 4)
   paper, smoke = EXPERIMENTS[name], EXPERIMENTS[name].at("smoke")
@@ -92,24 +92,23 @@ def test_what_cannot_be_had_takes_real_steps_on_files_of_its_format(
   method = paper.methods[-1]
   setup = smoke.setup(method, 4, 8, dataset.classes)
   lanes = training.make_lanes([1], [0.1])
-  rows = np.arange(8)
-  images = dataset.x_train.take(rows, axis=0)
+  indices = np.arange(8)
+  images = dataset.x_train.take(indices, axis=0)
   state = training.init(setup, lanes, images)
   state, loss = training.train_epoch(
-    *(setup, state, lanes, 1, images, dataset.y_train[rows]), on_steps=lambda steps: None
+    *(setup, state, lanes, 1, images, dataset.y_train[indices]), on_steps=lambda steps: None
   )
   assert np.isfinite(loss).all()
-  scores = evaluate(setup, state, dataset.x_test.take(rows, axis=0), dataset.y_test[rows])
+  scores = evaluate(setup, state, dataset.x_test.take(indices, axis=0), dataset.y_test[indices])
   assert np.isfinite(scores.loss).all()
   full = paper.setup(paper.methods[0], 4, 8, dataset.classes).model
-  shapes = jax.eval_shape(
-    lambda: full.init(jax.random.key(0), np.zeros((1, 32, 32, 3)), train=False)
-  )
+  init = functools.partial(full.init, train=False)
+  shapes = jax.eval_shape(init, jax.random.key(0), np.zeros((1, 32, 32, 3)))
   count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
   assert abs(count - parameters) <= 0.01 * parameters
 
 
-def test_imagenet_is_read_where_it_is_asked_for(tmp_path, monkeypatch):
+def test_imagenet_is_read_when_indexed(tmp_path, monkeypatch):
   monkeypatch.setenv("BNP_OPTAX_DATA", str(tmp_path))
   with pytest.raises(data.DataError, match=r"train is missing.*image-net\.org"):
     data.load("imagenet")
@@ -120,11 +119,11 @@ def test_imagenet_is_read_where_it_is_asked_for(tmp_path, monkeypatch):
   assert dataset.x_test.take(np.array([5, 7]), axis=0)[np.array([1])].shape == (1, 224, 224, 3)
   np.testing.assert_array_equal(dataset.y_train[:4], [0, 0, 1, 1])
   np.testing.assert_array_equal(dataset.y_test, np.arange(1000))
-  torn = tmp_path / "imagenet/train/n00000003/1.JPEG"
-  torn.write_bytes(torn.read_bytes()[:100])
+  truncated = tmp_path / "imagenet/train/n00000003/1.JPEG"
+  truncated.write_bytes(truncated.read_bytes()[:100])
   with pytest.raises(data.DataError, match=r"n00000003/1\.JPEG cannot be read"):
     dataset.x_train[6:8]
-  torn.unlink()
-  (torn.parent / "0.JPEG").unlink()
+  truncated.unlink()
+  (truncated.parent / "0.JPEG").unlink()
   with pytest.raises(data.DataError, match=r"1000 classes, 1 of them without"):
     data.load("imagenet")

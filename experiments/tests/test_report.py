@@ -1,4 +1,4 @@
-"""The docs show what the committed results say, and every picture there is drawn from them."""
+"""Tests of the reports: the docs and the committed figures agree with the committed results."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_committed_results_are_complete(experiment):
 @pytest.mark.parametrize(
   "folder", [file.parent for file in sorted(RESULTS.glob(f"*/{FILE}"))], ids=lambda x: x.name
 )
-def test_what_was_run_is_read_off_its_records(folder):
+def test_the_experiment_of_a_folder_is_read_from_its_records(folder):
   found = recorded(folder)
   if found is None:
     assert folder.name.partition("-")[0] in {"online", "step"}
@@ -58,7 +58,7 @@ def test_what_was_run_is_read_off_its_records(folder):
   ("accuracy", "expected"),
   [
     ((0.40, 0.49, 0.50, 0.495, 0.30), (0.01, 0.1)),
-    ((0.40, 0.48, 0.50, 0.48, 0.50), (0.03, 0.03)),  # Not over a gap.
+    ((0.40, 0.48, 0.50, 0.48, 0.50), (0.03, 0.03)),  # Not across a gap.
     ((0.50, 0.50, 0.50, 0.50, 0.50), (0.003, 0.3)),
     ((0.10, 0.10, 0.10, 0.10, 0.50), (0.3, 0.3)),
   ],
@@ -75,7 +75,7 @@ def outcome(rates, accuracy, method, batch_size):
   )
 
 
-def test_plateaus_are_decades_and_say_where_the_grid_ends():
+def test_plateaus_are_decades_and_mark_the_edge_of_the_grid():
   experiment = dataclasses.replace(
     EXPERIMENTS["batch-sizes-fc"].at("laptop"),
     batch_sizes=(1, 6, 60),
@@ -120,7 +120,7 @@ def test_the_page_on_performance_holds_the_tables_of_the_committed_times():
     assert markdown in page, "Run: bnp-optax figure step-time, and copy its tables."
 
 
-def test_a_report_of_nothing_says_so(capsys, tmp_path, monkeypatch):
+def test_a_report_without_results(capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("sys.argv", ["bnp-optax", "report", "nowhere"])
   assert main() == 0
@@ -128,7 +128,7 @@ def test_a_report_of_nothing_says_so(capsys, tmp_path, monkeypatch):
   assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_figure_of_nothing_is_one_line(capsys, tmp_path, monkeypatch):
+def test_a_figure_without_results_is_one_line(capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("sys.argv", ["bnp-optax", "figure", "fig3-left"])
   assert main() == 2
@@ -139,12 +139,13 @@ def test_a_figure_of_nothing_is_one_line(capsys, tmp_path, monkeypatch):
   assert captured.err.count("\n") == 1
 
 
-def test_a_run_that_has_only_begun_hides_no_smaller_one(tmp_path):
+def test_an_incomplete_run_does_not_hide_a_smaller_one(tmp_path):
   for scale in ("laptop", "paper"):
     (tmp_path / f"fig4-left-cifar10-{scale}").mkdir()
   lines = (RESULTS / "fig4-left-cifar10-laptop" / FILE).read_text()
   (tmp_path / "fig4-left-cifar10-laptop" / FILE).write_text(lines)
   (tmp_path / "fig4-left-cifar10-paper" / FILE).write_text(lines.splitlines()[0] + "\n")
-  rows = [row for row in report.claims(tmp_path)[1].splitlines() if row.startswith("| fig4-left")]
-  assert rows
-  assert not [row for row in rows if "not run" in row]
+  table = report.claims(tmp_path)[1].splitlines()
+  claims = [line for line in table if line.startswith("| fig4-left")]
+  assert claims
+  assert not [line for line in claims if "not run" in line]

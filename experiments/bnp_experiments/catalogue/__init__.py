@@ -1,4 +1,4 @@
-"""All experiments there are."""
+"""The catalogue of all experiments."""
 
 from bnp_experiments.catalogue import beyond, resnets, section5
 from bnp_experiments.experiment import Experiment

@@ -1,4 +1,4 @@
-"""The experiments that the paper does not have."""
+"""Experiments that go beyond the paper."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""The experiments of section 5 of the paper with ResNets, with what the paper claims of each.
+"""The experiments with ResNets in section 5 of the paper, with the paper's claims.
 
-Each is given as the paper has it, with the learning rates of its Table 3. `laptop` is a shallow
-network or a few images.
+Each experiment has the settings of the paper, with the learning rates of its Table 3. The scale
+`laptop` uses a shallow network or few images.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from bnp_experiments.catalogue.section5 import SMOKE
 from bnp_experiments.claims import Claim, better, comparable, gains_more
 from bnp_experiments.experiment import Experiment
 
-# Weights decay after BNP and before momentum. The warm-up of BatchNorm's network jumps after 400
-# steps, that of the others rises over an epoch.
+# Weight decay applies after BNP and before momentum. The learning rate of BatchNorm's network jumps
+# to its full value after 400 steps; that of the others rises linearly over one epoch.
 _RESNET_BATCHNORM = dataclasses.replace(
   methods.BATCHNORM,
   optimizer=methods.momentum,
@@ -42,8 +42,8 @@ _RESNET_BNP_GROUPNORM = dataclasses.replace(
   warmup=methods.Warmup(epochs=1),
   network=(("init_scale", 0.1), ("use_bias", True)),
 )
-# What the paper does not try: GroupNorm with the settings of BNP + GroupNorm; and, at `laptop`,
-# with the same search for its own. There both readings of the paper's "group size 4" are tried.
+# The paper does not compare with GroupNorm at the settings of BNP + GroupNorm. At `laptop` both
+# methods are searched over the same settings, with both readings of the paper's "group size 4".
 _RESNET_GROUPNORM_SAME = dataclasses.replace(
   _RESNET_GROUPNORM,
   name="groupnorm_same",
@@ -56,10 +56,9 @@ _RESNET_GROUPNORM_SAME = dataclasses.replace(
 
 
 def _searched(method: methods.Method) -> methods.Method:
-  """A method whose initial scale and groups are chosen on held-out images too.
+  """Return a method whose initial scale and groups are also chosen on held-out images.
 
-  Not the weight decay: a few epochs do not tell 1e-4 from 1.5e-4. It is the latter, for all that
-  are searched.
+  The weight decay is 1.5e-4 for all of them, because a few epochs cannot distinguish it from 1e-4.
   """
   others = tuple((key, value) for key, value in method.network if key != "init_scale")
 
@@ -127,7 +126,7 @@ FIG6_LEFT = dataclasses.replace(
   FIG6_LEFT,
   scales={
     "smoke": SMOKE | {"network": resnet.ResNet(depth=8), "rates": (0.1,)},
-    # 400 steps are many epochs here, so all warm up over one.
+    # At this scale 400 steps are many epochs, so every method warms up over one epoch.
     "laptop": {
       "network": resnet.ResNet(depth=8),
       "methods": tuple(

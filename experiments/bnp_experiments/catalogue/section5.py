@@ -1,8 +1,8 @@
-"""The experiments of section 5 of the paper but those with ResNets, and what it claims of each.
+"""The experiments without ResNets in section 5 of the paper, with the paper's claims.
 
-Each is given as the paper has it, with the learning rates of its Tables 2 and 3. Where the paper is
-silent, as on the number of epochs without a schedule, the choice is ours. `laptop` is what two CPU
-cores do in minutes to an hour, `smoke` what they do in seconds.
+Each experiment has the settings of the paper, with the learning rates of its Tables 2 and 3. We
+chose the settings that the paper does not state, such as the number of epochs without a schedule.
+On two CPU cores the scale `laptop` takes minutes to an hour and `smoke` takes seconds.
 """
 
 from typing import Any
@@ -163,7 +163,7 @@ FIG5_LEFT = Experiment(
   rates=(0.0001, *_CNN_RATES, 0.3),
   epochs=20,
   seeds=5,
-  # The vanilla network's 1e-1 stands there as printed, though it trains with Adam.
+  # The rate 1e-1 of the vanilla network is as printed in the paper, although it trains with Adam.
   paper_rates={"adam": 1e-1, "batchnorm": 1e-1, "four_things": 5e-3, "bnp": 1e-1},
   claims=(
     Claim("BNP is comparable with BatchNorm", comparable("bnp", "batchnorm")),
@@ -179,8 +179,8 @@ FIG5_LEFT = Experiment(
   ),
   scales={
     "smoke": SMOKE,
-    # Rates are chosen by runs of full length: BatchNorm's averages, whose momentum is 0.99, need
-    # more than the 140 steps of two epochs to arrive.
+    # The runs that choose rates have full length, because BatchNorm's averages with momentum 0.99
+    # do not converge in the 140 steps of two epochs.
     "laptop": {"rates": _CNN_RATES, "epochs": 6, "seeds": 2, "images": 10_000},
   },
 )
@@ -302,7 +302,7 @@ FIG9 = Experiment(
   scales={"smoke": SMOKE | {"images": 600, "rates": (0.03,)}, "laptop": {"epochs": 1}},
 )
 
-# In the order of the paper; the figures of the ResNets come between the two.
+# In the order of the paper, with the ResNets of Figures 6 and 7 between the two.
 UP_TO_FIGURE_5 = (
   FIG3_LEFT,
   FIG3_RIGHT,
