@@ -1,6 +1,7 @@
 """Tests of the release: one version, a wheel of the library alone, and a light import."""
 
 import pathlib
+import re
 import subprocess
 import sys
 import tarfile
