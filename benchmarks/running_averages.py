@@ -41,7 +41,7 @@ def main() -> None:
     late, current = [], []
     for epoch in range(1, EPOCHS + 1):
       state, _ = training.train_epoch(
-        *(setup, state, lanes, epoch, *train), on_steps=lambda steps: None
+        *(setup, state, lanes, epoch, training.Examples(*train)), on_steps=lambda steps: None
       )
       params, model_state = jax.tree.map(lambda x: x[0], state[:2])
       averaged = averages(params, model_state, train[0][:AVERAGED_OVER])

@@ -59,7 +59,7 @@ def main() -> None:
     accuracy = []
     for epoch in range(1, EPOCHS + 1):
       state, _ = training.train_epoch(
-        *(setup, state, lanes, epoch, *train), on_steps=lambda steps: None
+        *(setup, state, lanes, epoch, training.Examples(*train)), on_steps=lambda steps: None
       )
       accuracy.append(100 * evaluate(setup, state, *held_out).accuracy[0])
     print(f"{name}, rate {rate:g}: {' '.join(f'{x:.1f}' for x in accuracy)}")

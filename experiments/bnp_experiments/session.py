@@ -6,12 +6,12 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bnp_experiments import data, figures, report
+from bnp_experiments import data, figures, protocol, report
 from bnp_experiments.checkpoints import Checkpoints
 from bnp_experiments.errors import ExperimentError
 from bnp_experiments.experiment import Experiment
-from bnp_experiments.protocol import Run
 from bnp_experiments.results import Results, open_results, read_results, writing_to
+from bnp_experiments.trainer import Trainer
 
 
 def run(experiment: Experiment, folder: pathlib.Path) -> None:
@@ -30,9 +30,9 @@ def run(experiment: Experiment, folder: pathlib.Path) -> None:
   with open_results(folder, ["bnp-optax", *sys.argv[1:]]) as results:
     checkpoints = Checkpoints(folder / "checkpoints")
     progress = _progress(console)
-    todo = Run(experiment, dataset, results, checkpoints, progress)
+    trainer = Trainer(experiment, dataset, results, checkpoints, progress)
     with progress:
-      todo()
+      protocol.run(trainer)
     _show(experiment, results, folder, console)
 
 

@@ -1,11 +1,11 @@
-"""Trains networks in stacks: every function here works on a stack of lanes.
+"""Training of networks in stacks of lanes.
 
-A lane is one training run, told apart from the others by its seed and its learning rate alone. The
-lanes of a fully connected network are mapped with `jax.vmap` and its steps loop inside the compiled
+A lane is one training run. The lanes of a stack differ in their seeds and learning rates. The lanes
+of a fully connected network are mapped with `jax.vmap`, and its steps loop inside the compiled
 program, so that a grid of rates or a set of seeds costs little more than one run. Other networks
-train lane by lane and step by step: XLA's CPU code is many times slower for a convolution inside a
-loop, or with a kernel for each lane. All randomness comes from the seeds: the same lanes give the
-same bits.
+train lane by lane and step by step, because XLA's CPU code is many times slower for a convolution
+inside a loop or with a kernel for each lane. All randomness comes from the seeds: equal lanes give
+equal bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,20 +29,20 @@ Tree = Any
 _IMAGES_A_CALL = 30_000
 _STEPS_AHEAD = 32
 _AUGMENT = 2**31
-# With fewer images than this on each, a step costs more on several devices than on one.
+# With fewer images on each device, a step costs more on several devices than on one.
 _IMAGES_A_DEVICE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What the compiled program of a training step depends on.
+  """The settings that the compiled program of a training step depends on.
 
   Attributes:
-    model: The network, as the method has it.
-    method: What to train it with.
-    batch_size: Images in a step.
-    steps: Steps in an epoch.
-    decays: The epochs after which the learning rate is divided by ten.
+    model: The network, adapted to the method.
+    method: The method that trains it.
+    batch_size: Number of images in a step.
+    steps: Number of steps in an epoch.
+    decays: Epochs after which the learning rate is divided by ten.
     augment: Name of the augmentation of the training images; None for none.
   """
 
@@ -55,17 +55,17 @@ class Setup:
 
   @property
   def stacked(self) -> bool:
-    """Whether lanes are trained together, in a loop of the compiled program."""
+    """Whether lanes train together, in a loop of the compiled program."""
     return isinstance(self.model, MLP)
 
   @property
   def devices(self) -> int:
-    """Over how many devices a batch is split."""
+    """Number of devices that a batch is split over."""
     split = math.gcd(self.batch_size, jax.device_count())
     return split if not self.stacked and self.batch_size >= _IMAGES_A_DEVICE * split else 1
 
   def rate(self, rate: jax.Array) -> Rate:
-    """The learning rate as the optimizer wants it: a schedule, if it changes."""
+    """Return the learning rate for the optimizer: a schedule, if it changes."""
     warmup, decays = self.method.warmup, self.decays
     if warmup is None and not decays:
       return rate
@@ -78,15 +78,41 @@ class Setup:
     return schedule
 
 
+class Examples(NamedTuple):
+  """Images, uint8, or texts, and their labels."""
+
+  images: Any
+  labels: Any
+
+
+class Lane(NamedTuple):
+  """One training run: its seed and its learning rate."""
+
+  seed: jax.Array
+  rate: jax.Array
+
+
 class Lanes(NamedTuple):
-  """What tells the runs of a stack apart: arrays `[lanes]`."""
+  """The runs of a stack: arrays `[lanes]`."""
 
   seeds: jax.Array
   rates: jax.Array
 
+  def lane(self, number: int) -> Lane:
+    """Return one lane."""
+    return Lane(self.seeds[number], self.rates[number])
+
+
+class Steps(NamedTuple):
+  """The steps `first` to `last` (excluded) of an epoch; epochs count from 1."""
+
+  epoch: int | jax.Array
+  first: int | jax.Array
+  last: int | jax.Array
+
 
 class LaneState(NamedTuple):
-  """Where the runs of a stack have got to; every leaf has the lanes as its first axis."""
+  """State of the runs of a stack; every leaf has the lanes as its first axis."""
 
   params: Tree
   model_state: dict
@@ -94,22 +120,22 @@ class LaneState(NamedTuple):
 
 
 def make_lanes(seeds: Sequence[int], rates: Sequence[float]) -> Lanes:
-  """Stacks the runs with these seeds and these learning rates, pairwise."""
+  """Stack the runs with these pairs of seeds and learning rates."""
   return Lanes(jnp.asarray(seeds, jnp.uint32), jnp.asarray(rates, jnp.float32))
 
 
 def init(setup: Setup, lanes: Lanes, images: np.ndarray) -> LaneState:
-  """Initializes the lanes.
+  """Initialize the lanes.
 
   Args:
-    setup: What is trained, and how.
+    setup: The setup of the training.
     lanes: The runs.
     images: Any batch of images, for their shape.
 
   Returns:
     The state of the lanes before the first step.
   """
-  # One by one: the compiler takes many times longer over a stack of random number generators.
+  # One by one: a stack of random number generators takes many times longer to compile.
   variables = [_init_variables(setup.model, seed, images[:1]) for seed in lanes.seeds]
   model_state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
   params = model_state.pop("params")
@@ -132,7 +158,7 @@ def _optimizer(setup: Setup, rate: jax.Array, images: Any) -> optax.GradientTran
 
 @functools.partial(jax.jit, static_argnames="count")
 def epoch_order(seeds: jax.Array, epoch: int, count: int) -> jax.Array:
-  """In which order each lane sees `count` images in an epoch; epochs count from 1."""
+  """Return the order of `count` images of each lane in an epoch; epochs count from 1."""
 
   def lane(seed: jax.Array) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), count)
@@ -143,25 +169,24 @@ def epoch_order(seeds: jax.Array, epoch: int, count: int) -> jax.Array:
 def _step(
   setup: Setup,
   state: LaneState,
-  seed: jax.Array,
-  rate: jax.Array,
+  lane: Lane,
   epoch: int | jax.Array,
   number: int | jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
+  batch: Examples,
 ) -> tuple[LaneState, jax.Array]:
-  """Takes one step of one run; returns it and the training loss."""
+  """Take one step of one run; return its state and the training loss."""
   params, model_state, opt_state = state
-  optimizer = _optimizer(setup, rate, images)
+  images, labels = batch
+  optimizer = _optimizer(setup, lane.rate, images)
   targets = labels.astype(jnp.int32)
   if setup.augment is not None:
-    # Not the keys of the order of the images, which are those of the epochs themselves.
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _AUGMENT), epoch)
+    # The order of the images uses the keys of the epochs themselves.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(lane.seed), _AUGMENT), epoch)
     images = AUGMENTATIONS[setup.augment](jax.random.fold_in(key, number), images)
 
   def loss_fn(params: Tree) -> tuple[jax.Array, dict]:
-    # Every method's loop reports the statistics: where none reads them, the compiler leaves them
-    # out. The loss is a mean over images, or over tokens.
+    # Every method gathers the statistics; without BNP the compiler removes them. The loss is a mean
+    # over images, or over tokens.
     with bnp_optax.linen.sow_statistics(example_axes=labels.ndim):
       logits, variables = setup.model.apply(
         {"params": params, **model_state},
@@ -182,93 +207,77 @@ def _step(
 def take_steps(
   setup: Setup,
   state: LaneState,
-  seed: jax.Array,
-  rate: jax.Array,
+  lane: Lane,
   order: jax.Array,
-  epoch: int | jax.Array,
-  first: int | jax.Array,
-  last: int | jax.Array,
-  images: jax.Array,
-  labels: jax.Array,
+  steps: Steps,
+  examples: Examples,
 ) -> tuple[LaneState, jax.Array]:
-  """Takes the steps `first` to `last` (excluded) of an epoch of one run, a stack of none.
+  """Take steps of one run inside the compiled program.
 
-  The bounds are traced, so that any number of steps runs in one compiled program; the images are
-  arguments, because the compiler would take long over images that the program closes over.
+  The bounds of the steps are traced, so that any number of steps runs in one compiled program. The
+  examples are arguments, because a program that closes over them takes long to compile.
 
   Args:
-    setup: What is trained, and how.
-    state: The run; without the axis of the lanes.
-    seed: Its seed.
-    rate: Its learning rate.
+    setup: The setup of the training.
+    state: The state of the run, without the axis of the lanes.
+    lane: Its seed and learning rate.
     order: Its order of the images, `[images]`.
-    epoch: Number of the epoch.
-    first: First step to take.
-    last: First step not to take.
-    images: The training images, uint8.
-    labels: Their labels.
+    steps: The steps to take.
+    examples: The training examples.
 
   Returns:
-    The run after these steps, and the sum over the steps of its training loss.
+    The state of the run after these steps, and the sum over the steps of its training loss.
   """
 
   def step(number: jax.Array, carry: tuple[LaneState, jax.Array]) -> tuple[LaneState, jax.Array]:
     state, loss_sum = carry
     start = number * setup.batch_size
-    rows = jax.lax.dynamic_slice(order, (start,), (setup.batch_size,))
-    state, loss = _step(setup, state, seed, rate, epoch, number, images[rows], labels[rows])
+    indices = jax.lax.dynamic_slice(order, (start,), (setup.batch_size,))
+    batch = Examples(examples.images[indices], examples.labels[indices])
+    state, loss = _step(setup, state, lane, steps.epoch, number, batch)
     return state, loss_sum + loss
 
-  return jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
+  return jax.lax.fori_loop(steps.first, steps.last, step, (state, jnp.zeros(())))
 
 
 @functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
-def _advance(
+def _take_steps_of_lanes(
   setup: Setup,
   state: LaneState,
   lanes: Lanes,
   order: jax.Array,
-  epoch: int,
-  first: int,
-  last: int,
-  images: jax.Array,
-  labels: jax.Array,
+  steps: Steps,
+  examples: Examples,
 ) -> tuple[LaneState, jax.Array]:
-  """`take_steps` for a stack of lanes, whose buffers are given away; all lanes see all images."""
+  """Call `take_steps` for a stack of lanes, whose buffers are donated."""
 
-  def lane(
-    state: LaneState, seed: jax.Array, rate: jax.Array, order: jax.Array
-  ) -> tuple[LaneState, jax.Array]:
-    return take_steps(setup, state, seed, rate, order, epoch, first, last, images, labels)
+  def take(state: LaneState, lane: Lane, order: jax.Array) -> tuple[LaneState, jax.Array]:
+    return take_steps(setup, state, lane, order, steps, examples)
 
-  return jax.vmap(lane)(state, *lanes, order)
+  return jax.vmap(take)(state, Lane(*lanes), order)
 
 
 def take_steps_in_turn(
   setup: Setup,
   state: LaneState,
-  seed: jax.Array,
-  rate: jax.Array,
+  lane: Lane,
   order: np.ndarray,
-  epoch: int,
-  first: int,
-  last: int,
-  images: np.ndarray,
-  labels: np.ndarray,
+  steps: Steps,
+  examples: Examples,
 ) -> tuple[LaneState, jax.Array]:
-  """What `take_steps` does, by one call of a compiled step after another.
+  """Take steps of one run, as `take_steps` does, with one call of a compiled step for each.
 
   The batch is split over the devices, if it is large enough.
   """
   mesh = jax.sharding.Mesh(np.array(jax.devices()[: setup.devices]), ("batch",))
   split = jax.NamedSharding(mesh, jax.P("batch"))
   everywhere = jax.NamedSharding(mesh, jax.P())
-  state, seed, rate, loss_sum = jax.device_put((state, seed, rate, jnp.zeros(())), everywhere)
-  for number in range(first, last):
-    rows = order[number * setup.batch_size : (number + 1) * setup.batch_size]
-    batch = jax.device_put((images[rows], labels[rows]), split)
+  state, lane, loss_sum = jax.device_put((state, lane, jnp.zeros(())), everywhere)
+  for number in range(int(steps.first), int(steps.last)):
+    indices = order[number * setup.batch_size : (number + 1) * setup.batch_size]
+    batch = jax.device_put(Examples(examples.images[indices], examples.labels[indices]), split)
     state, loss_sum = _take_step(
-      setup, everywhere, state, loss_sum, seed, rate, np.int32(epoch), np.int32(number), *batch
+      setup, everywhere, state, loss_sum, lane, np.int32(steps.epoch), np.int32(number), batch
     )
   return state, loss_sum.block_until_ready()
 
@@ -292,45 +301,46 @@ def train_epoch(
   state: LaneState,
   lanes: Lanes,
   epoch: int,
-  images: np.ndarray,
-  labels: np.ndarray,
+  examples: Examples,
   *,
   on_steps: Callable[[int], None],
 ) -> tuple[LaneState, np.ndarray]:
-  """Trains for one epoch.
+  """Train for one epoch.
 
   Images that do not fill a last batch are left out of this epoch.
 
   Args:
-    setup: What is trained, and how.
-    state: The lanes; its buffers are given away.
+    setup: The setup of the training.
+    state: The state of the lanes; its buffers are donated.
     lanes: Their seeds and rates.
     epoch: Number of the epoch, from 1.
-    images: The training images, uint8: on the device where lanes are stacked, else on the host.
-    labels: Their labels.
-    on_steps: Called every now and then, with the number of steps of all lanes taken since.
+    examples: The training examples: on the device where lanes are stacked, else on the host.
+    on_steps: Called regularly with the number of steps of all lanes taken since the last call.
 
   Returns:
-    The lanes after the epoch, and the mean over its steps of the training loss of each lane.
+    The state of the lanes after the epoch, and the mean over its steps of the training loss of each
+    lane.
   """
   count = len(lanes.seeds)
-  order = epoch_order(lanes.seeds, epoch, len(images))
+  order = epoch_order(lanes.seeds, epoch, len(examples.images))
   # Summed in double precision: there may be tens of thousands of steps.
   loss_sum = np.zeros(count)
   if setup.stacked:
     for first, last in _strides(setup.steps, _IMAGES_A_CALL // (setup.batch_size * count)):
-      state, losses = _advance(setup, state, lanes, order, epoch, first, last, images, labels)
+      steps = Steps(epoch, first, last)
+      state, losses = _take_steps_of_lanes(setup, state, lanes, order, steps, examples)
       loss_sum += np.asarray(losses, np.float64)
       on_steps(count * (last - first))
     return state, loss_sum / setup.steps
   trained = []
-  for lane, lane_order in enumerate(np.asarray(order)):
-    alone, seed, rate = jax.tree.map(lambda leaf, lane=lane: leaf[lane], (state, *lanes))
+  for number, lane_order in enumerate(np.asarray(order)):
+    alone = jax.tree.map(lambda leaf, number=number: leaf[number], state)
     for first, last in _strides(setup.steps, _STEPS_AHEAD):
+      steps = Steps(epoch, first, last)
       alone, losses = take_steps_in_turn(
-        setup, alone, seed, rate, lane_order, epoch, first, last, images, labels
+        setup, alone, lanes.lane(number), lane_order, steps, examples
       )
-      loss_sum[lane] += float(losses)
+      loss_sum[number] += float(losses)
       on_steps(last - first)
     trained.append(jax.device_put(alone, jax.devices()[0]))
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained), loss_sum / setup.steps
@@ -342,7 +352,7 @@ def _strides(steps: int, stride: int) -> list[tuple[int, int]]:
 
 
 def as_inputs(images: Any) -> jax.Array:
-  """What a network reads: images on the scale from 0 to 1, tokens as they are."""
+  """Return the inputs of a network: images on the scale from 0 to 1, tokens unchanged."""
   if images.ndim == 2:
     return images.astype(jnp.int32)
   return images.astype(jnp.float32) / 255

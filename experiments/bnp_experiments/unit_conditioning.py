@@ -21,7 +21,7 @@ _EPSILONS = {"paper": (1e-2, 1e-4), "none": (0.0, 0.0)}
 
 
 def trace(
-  setup: training.Setup, rate: float, epochs: int, images: Any, labels: Any
+  setup: training.Setup, rate: float, epochs: int, examples: training.Examples
 ) -> dict[str, Any]:
   """Train one run and measure condition numbers before every fifth step, on the batch of the step.
 
@@ -29,8 +29,7 @@ def trace(
     setup: The setup of the training, of a fully connected network without norm.
     rate: The learning rate.
     epochs: The number of epochs.
-    images: The training images.
-    labels: Their labels.
+    examples: The training examples.
 
   Returns:
     Lists with one number for each measurement: the number of completed `steps` and the condition
@@ -38,19 +37,19 @@ def trace(
     Hessian (`preconditioned`) and of D (`D`), each with the paper's epsilons and with none.
   """
   lanes = training.make_lanes([1], [rate])
-  state = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, images))
+  state = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, examples.images))
   take_steps = jax.jit(training.take_steps, static_argnums=0)
   measured: dict[str, Any] = {"steps": [], "plain": []}
   for epoch in range(1, epochs + 1):
-    (order,) = training.epoch_order(lanes.seeds, epoch, len(images))
+    (order,) = training.epoch_order(lanes.seeds, epoch, len(examples.images))
     for first in range(0, setup.steps, _STEPS_APART):
       batch = order[first * setup.batch_size : (first + 1) * setup.batch_size]
       measured["steps"].append((epoch - 1) * setup.steps + first)
-      for name, value in _measure(setup, state, images[batch]).items():
+      for name, value in _measure(setup, state, examples.images[batch]).items():
         measured.setdefault(name, []).append(value)
       last = min(first + _STEPS_APART, setup.steps)
-      run = (lanes.seeds[0], lanes.rates[0], order)
-      state, _ = take_steps(setup, state, *run, epoch, first, last, images, labels)
+      steps = training.Steps(epoch, first, last)
+      state, _ = take_steps(setup, state, lanes.lane(0), order, steps, examples)
   return measured
 
 

@@ -96,7 +96,8 @@ def test_takes_steps_on_generated_files(name, make, parameters, tmp_path, monkey
   images = dataset.x_train.take(indices, axis=0)
   state = training.init(setup, lanes, images)
   state, loss = training.train_epoch(
-    *(setup, state, lanes, 1, images, dataset.y_train[indices]), on_steps=lambda steps: None
+    *(setup, state, lanes, 1, training.Examples(images, dataset.y_train[indices])),
+    on_steps=lambda steps: None,
   )
   assert np.isfinite(loss).all()
   scores = evaluate(setup, state, dataset.x_test.take(indices, axis=0), dataset.y_test[indices])

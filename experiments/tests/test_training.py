@@ -31,10 +31,11 @@ def _setup(method, images, batch_size=BATCH_SIZE, network=SMALL, **options):
 
 def _train(setup, seeds, rates, images, epochs=4, on_steps=lambda steps: None):
   lanes = training.make_lanes(seeds, rates)
-  state = training.init(setup, lanes, images[0])
+  examples = training.Examples(*images)
+  state = training.init(setup, lanes, examples.images)
   losses = []
   for epoch in range(1, epochs + 1):
-    state, loss = training.train_epoch(setup, state, lanes, epoch, *images, on_steps=on_steps)
+    state, loss = training.train_epoch(setup, state, lanes, epoch, examples, on_steps=on_steps)
     losses.append(loss)
   return state, np.array(losses)
 
@@ -126,16 +127,9 @@ def test_networks_that_are_not_stacked_take_the_steps_of_the_loop(coloured):
   looped = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, coloured[0]))
   for epoch in (1, 2):
     (order,) = training.epoch_order(lanes.seeds, epoch, 66)
-    data = (
-      lanes.seeds[0],
-      lanes.rates[0],
-      order,
-      epoch,
-      0,
-      setup.steps,
-      *map(jnp.asarray, coloured),
-    )
-    looped, loss = training.take_steps(setup, looped, *data)
+    steps = training.Steps(epoch, 0, setup.steps)
+    examples = training.Examples(*map(jnp.asarray, coloured))
+    looped, loss = training.take_steps(setup, looped, lanes.lane(0), order, steps, examples)
   np.testing.assert_allclose(losses[1, 1], loss / setup.steps, rtol=1e-5)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6), state, looped
@@ -180,7 +174,9 @@ def test_weights_decay_after_bnp(coloured):
   lanes = training.make_lanes([1], [1.0])
   before = jax.tree.map(np.asarray, states[0].params)
   plain, with_decay = (
-    training.train_epoch(setup, state, lanes, 1, *coloured, on_steps=lambda steps: None)[0].params
+    training.train_epoch(
+      setup, state, lanes, 1, training.Examples(*coloured), on_steps=lambda steps: None
+    )[0].params
     for setup, state in zip(setups, states, strict=True)
   )
   jax.tree.map(
