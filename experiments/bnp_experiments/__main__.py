@@ -20,7 +20,7 @@ def _option(metavar: str) -> Any:
 
 
 def main() -> int:
-  """Runs the command line, and returns the status to exit with."""
+  """Run the command line and return its exit status."""
   try:
     tyro.extras.subcommand_cli_from_dict(
       {"run": _run, "figure": _figure, "report": _report, "list": _list},
@@ -32,13 +32,13 @@ def main() -> int:
     return 2 if isinstance(error, UsageError) else 1
   except KeyboardInterrupt:
     again = shlex.join(["bnp-optax", *sys.argv[1:]])
-    print(f"bnp-optax: stopped; to go on from here, run again: {again}", file=sys.stderr)
+    print(f"bnp-optax: stopped; to resume, run again: {again}", file=sys.stderr)
     return 130
   return 0
 
 
 def _list() -> None:
-  """Lists the experiments."""
+  """List the experiments."""
   from bnp_experiments import step_time
   from bnp_experiments.catalogue import EXPERIMENTS
 
@@ -49,17 +49,17 @@ def _list() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-  """Which experiment; what is not given is as the experiment has it at its scale.
+  """The choice of an experiment, with changes of its defaults at a scale.
 
   Attributes:
-    experiment: Its name; `bnp-optax list` shows them all.
+    experiment: Name of the experiment; `bnp-optax list` shows all.
     scale: smoke (seconds), laptop (minutes to an hour on two CPU cores), or paper.
     dataset: digits, mnist, fashion_mnist, cifar10 or cifar100.
-    epochs: How long to train. By itself, 15 epochs on the digits and 3 on the others.
-    seeds: How many runs of each method.
-    batch_sizes: The batch sizes to compare at.
+    epochs: Number of epochs. Default: 15 on the digits and 3 on the others.
+    seeds: Number of runs of each method.
+    batch_sizes: The batch sizes to compare.
     methods: The methods to compare, such as sgd, batchnorm, layernorm, bnp.
-    out: Folder of the results. By itself, bnp_optax_results/EXPERIMENT-DATASET-SCALE.
+    out: Folder of the results. Default: bnp_optax_results/EXPERIMENT-DATASET-SCALE.
   """
 
   experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT")]
@@ -72,7 +72,7 @@ class _Choice:
   out: Annotated[pathlib.Path | None, _option("FOLDER")] = None
 
   def resolve(self) -> "tuple[Experiment, pathlib.Path]":
-    """The experiment chosen, and the folder of its results."""
+    """Return the chosen experiment and the folder of its results."""
     from bnp_experiments import step_time
     from bnp_experiments.catalogue import EXPERIMENTS
     from bnp_experiments.methods import METHODS
@@ -95,7 +95,7 @@ class _Choice:
     return chosen, self.out or pathlib.Path("bnp_optax_results") / chosen.folder
 
   def step_time_folder(self) -> pathlib.Path | None:
-    """The folder of the results, if it is the cost of a step that was chosen."""
+    """Return the folder of the results of step-time; None if another experiment is chosen."""
     from bnp_experiments.step_time import NAME
 
     if self.experiment != NAME:
@@ -108,14 +108,14 @@ class _Choice:
 
 
 def recorded(folder: pathlib.Path) -> "tuple[Experiment, str] | None":
-  """Which experiment the results in a folder are of.
+  """Return the experiment that the results in a folder belong to.
 
   Args:
     folder: The folder of its results.
 
   Returns:
-    The experiment as it was run there, and the command that last added to its results; None if they
-    are of no experiment of the registry.
+    The experiment with the settings of its last run there, and the command of that run; None if the
+    results belong to no experiment of the catalogue.
   """
   from bnp_experiments.catalogue import EXPERIMENTS
   from bnp_experiments.results import read_results
@@ -135,7 +135,7 @@ def _known(name: str, known: Collection[str]) -> None:
 
 
 def _run(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
-  """Runs an experiment, or goes on with one that was stopped, and shows its table and picture."""
+  """Run an experiment or resume a stopped one, and show its table and picture."""
   from bnp_experiments import session, step_time
 
   if folder := choice.step_time_folder():
@@ -145,7 +145,7 @@ def _run(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
 
 
 def _figure(choice: Annotated[_Choice, tyro.conf.arg(name="")]) -> None:
-  """Shows the table and the picture of what has been run, from its results alone."""
+  """Show the table and the picture of the results so far."""
   from bnp_experiments import session, step_time
 
   if folder := choice.step_time_folder():
@@ -159,7 +159,7 @@ def _report(
     pathlib.Path("bnp_optax_results")
   ),
 ) -> None:
-  """Says of each claim whether it holds, by the results in a folder.
+  """Show the verdict on each claim, by the results in a folder.
 
   Args:
     folder: The folder that holds the folders of the results.

@@ -1,7 +1,7 @@
-"""Where each training run has got to, kept on disk so that it can go on from there.
+"""Checkpoints of the training runs.
 
-A state is kept at the end of an epoch, unless the last one was kept only seconds before: then it is
-cheaper to train that little once more, to the same bits, than to write it down.
+A state is saved at the end of an epoch, unless the last one was saved only seconds before.
+Repeating so little training, to the same bits, is cheaper than saving.
 """
 
 from collections.abc import Iterator
@@ -22,20 +22,20 @@ from bnp_experiments.training import LaneState
 
 
 class Checkpoints:
-  """The newest state of each of many training runs, told apart by their settings."""
+  """Stores the newest state of each training run, identified by its settings."""
 
   def __init__(self, folder: pathlib.Path, seconds_apart: float = 5.0) -> None:
-    """Keeps the states in this folder, which need not exist yet."""
+    """Store the states in a folder; it is made if it does not exist."""
     self._folder = folder.absolute()
     self._seconds_apart = seconds_apart
     self._kept_at = time.monotonic()
     self._orbax = ocp.StandardCheckpointer()
 
   def save(self, settings: dict[str, Any], epoch: int, state: LaneState) -> None:
-    """Keeps the state after an epoch, and lets go of the one before it.
+    """Save the state after an epoch, and remove the one before it.
 
     Raises:
-      ExperimentError: It cannot be written; the one before it is still there.
+      ExperimentError: The state cannot be written; the one before it is kept.
     """
     if time.monotonic() - self._kept_at < self._seconds_apart:
       return
@@ -43,11 +43,11 @@ class Checkpoints:
     place = self._place(settings)
     with _explained(
       f"cannot keep the state of the run in {place}",
-      "Make room, and run again to go on from the state before",
+      "Make room, and run again to resume from the state before",
     ):
-      # Orbax waits long for a folder that cannot be made.
+      # Orbax would wait long for a folder that cannot be made.
       place.mkdir(parents=True, exist_ok=True)
-      # It writes elsewhere and moves the whole into place, so a state is there or it is not.
+      # Orbax writes to a temporary folder and renames it, so that no state is incomplete.
       self._orbax.save(place / str(epoch), state, force=True)
       self._orbax.wait_until_finished()
     for older in place.iterdir():
@@ -57,25 +57,25 @@ class Checkpoints:
   def restore(
     self, settings: dict[str, Any], epochs: int, like: LaneState
   ) -> tuple[int, LaneState]:
-    """The newest state that is kept, if it is from the first `epochs` epochs.
+    """Restore the newest state of the first `epochs` epochs.
 
     Args:
-      settings: What tells this training run from the others.
-      epochs: How many epochs there are results of.
+      settings: The settings that identify the training run.
+      epochs: Number of epochs that have records.
       like: The state before the first epoch.
 
     Returns:
-      The epoch after which the state was kept, and the state; 0 and `like` if there is none.
+      The epoch of the state, and the state; 0 and `like` if there is none.
 
     Raises:
-      ExperimentError: What is there cannot be read, or is not such a state.
+      ExperimentError: The checkpoint cannot be read, or is not such a state.
     """
     kept = []
     for path in self._place(settings).glob("*"):
       if path.name.isdigit():
         kept.append(int(path.name))
       else:
-        # What a killed run was about to move into place.
+        # The temporary folder of a killed run.
         shutil.rmtree(path)
     kept = [epoch for epoch in kept if epoch <= epochs]
     if not kept:
@@ -84,7 +84,7 @@ class Checkpoints:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     with _explained(
       f"{path} is damaged, or was written by another version",
-      "Remove it, and run again to train these epochs once more, to the same bits",
+      "Remove it, and run again to repeat these epochs, to the same bits",
     ):
       return max(kept), self._orbax.restore(path, target)
 
@@ -95,10 +95,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _explained(what: str, remedy: str) -> Iterator[None]:
-  """Turns an error of Orbax into one line; Orbax has no errors of its own that one could name."""
+  """Turn an error of Orbax, which may be of any class, into one line."""
   log = logging.getLogger("absl")
   level = log.level
-  # What its threads log, with their tracebacks, is raised here too.
+  # Its threads log the same errors, with tracebacks.
   log.setLevel(logging.CRITICAL)
   try:
     yield

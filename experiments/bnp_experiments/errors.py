@@ -2,12 +2,12 @@
 
 
 class ExperimentError(Exception):
-  """What a run cannot go on from, in words for the one who started it."""
+  """An error that ends a run, with a message for its user."""
 
 
 class UsageError(ExperimentError):
-  """A value on the command line that makes no sense; the command ends with status 2."""
+  """An invalid value on the command line; the command ends with status 2."""
 
 
 class DataError(ExperimentError):
-  """A data file that is missing, or is not what it should be."""
+  """A data file that is missing or invalid."""

@@ -1,4 +1,4 @@
-"""How good the lanes of a stack are on images that they were not trained on."""
+"""Accuracy and loss of the lanes of a stack on other images."""
 
 import functools
 from typing import NamedTuple, cast
@@ -15,17 +15,17 @@ _AT_ONCE = 200
 
 
 class Evaluation(NamedTuple):
-  """How good each lane is on a set of images."""
+  """Accuracy and loss of each lane on a set of images."""
 
   accuracy: np.ndarray
   loss: np.ndarray
 
 
 def evaluate(setup: Setup, state: LaneState, images: np.ndarray, labels: np.ndarray) -> Evaluation:
-  """Accuracy and mean loss of each lane; a lane that has diverged is at chance, with loss NaN."""
+  """Compute accuracy and mean loss of each lane; a diverged lane is at chance, with loss NaN."""
   stack = (state.params, state.model_state)
   lanes = len(jax.tree.leaves(stack)[0])
-  # A stack of one at a time, where stacks are slow.
+  # One lane at a time for networks whose stacks are slow.
   stacks = (
     [stack]
     if setup.stacked
@@ -35,8 +35,7 @@ def evaluate(setup: Setup, state: LaneState, images: np.ndarray, labels: np.ndar
   )
   correct, loss = np.zeros(lanes, np.int64), np.zeros(lanes)
   for start in range(0, len(images), _AT_ONCE):
-    rows = slice(start, start + _AT_ONCE)
-    chunk = _pad(images[rows], labels[rows])
+    chunk = _pad(images[start : start + _AT_ONCE], labels[start : start + _AT_ONCE])
     parts = [_evaluate_chunk(setup.model, setup.stacked, *stack, *chunk) for stack in stacks]
     chunk_correct, chunk_loss = (np.concatenate(part) for part in zip(*parts, strict=True))
     correct += chunk_correct
@@ -58,10 +57,10 @@ def _evaluate_chunk(
       jax.Array,
       model.apply({"params": params, **model_state}, as_inputs(images), train=False),
     )
-    there = labels >= 0
+    counted = labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    correct = there & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels)
-    return jnp.sum(correct), jnp.sum(jnp.where(there, losses, 0))
+    correct = counted & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels)
+    return jnp.sum(correct), jnp.sum(jnp.where(counted, losses, 0))
 
   if stacked:
     return jax.vmap(lane)(params, model_state)
@@ -70,7 +69,7 @@ def _evaluate_chunk(
 
 
 def _pad(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Fills a chunk up with images of label -1, so that all chunks share one compiled program."""
+  """Pad a chunk with images of label -1, so that all chunks share one compiled program."""
   short = (0, _AT_ONCE - len(images))
   return (
     np.pad(images, [short] + [(0, 0)] * (images.ndim - 1)),

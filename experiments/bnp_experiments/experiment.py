@@ -1,6 +1,7 @@
-"""What an experiment is: a value that says what is compared, on what, for how long, and why.
+"""The definition of an experiment: methods, data, duration and claims.
 
-Its settings are what its records are found by, so a value that changes a result must be in them.
+The records of an experiment are found by its settings, so that every value that affects a result
+must be part of them.
 """
 
 from collections.abc import Mapping
@@ -24,30 +25,30 @@ class Experiment:
   """One comparison of methods.
 
   Attributes:
-    name: What the command line and the records call it.
-    title: What it shows, in one line.
-    network: The network, without norm; each method adds its own.
+    name: Name on the command line and in the records.
+    title: Title, in one line.
+    network: The network without normalization, which the methods add.
     dataset: Name of the data set.
-    batch_sizes: The batch sizes; one panel of the figure each.
+    batch_sizes: The batch sizes; the figure has a panel for each.
     methods: The methods compared.
-    rates: The learning rates to choose from, the same ones for every method. If there is one
-      alone, nothing is chosen, and a method that has a rate in `paper_rates` takes that.
-    epochs: How long to train; None for what suits the data set.
-    seeds: How many runs of each method.
-    selection_epochs: How long the runs train that choose the rate; None for as long as the others.
-    images: How many training images, drawn class by class; None for all.
-    test_images: How many test images; None for all.
-    timed: Whether the time of a step is measured too.
+    rates: The grid of learning rates, the same for every method. If it has a single rate, nothing
+      is selected, and a method with a rate in `paper_rates` takes that.
+    epochs: Number of epochs; None for the default of the data set.
+    seeds: Number of runs of each method.
+    selection_epochs: Number of epochs of the trials that select the rate; None for `epochs`.
+    images: Number of training images, drawn class by class; None for all.
+    test_images: Number of test images; None for all.
+    timed: Whether the time of a step is measured.
     augment: Name of the augmentation of the training images; None for none.
-    decays: After which epochs the learning rate is divided by ten.
-    picture: Which picture shows it: `curves` against epochs, `rates`,
-      `batch_sizes`, `times`, or `conditioning`, which is measured then.
-    target: The test accuracy that the picture of batch sizes shows the steps to.
-    place: Where the paper has it; empty for what goes beyond the paper.
+    decays: Epochs after which the learning rate is divided by ten.
+    picture: Kind of picture: `curves` against epochs, `rates`, `batch_sizes`, `times`, or
+      `conditioning`, for which condition numbers are measured.
+    target: Test accuracy for which the picture of batch sizes shows the number of steps.
+    place: Place in the paper; empty for experiments beyond the paper.
     paper_rates: The best learning rate that the paper states for each method (Tables 2 and 3).
-    claims: What is claimed of it.
-    scale: `paper` for the paper's own setting.
-    scales: What the other scales change.
+    claims: The claims to judge.
+    scale: `paper` for the paper's setting.
+    scales: Changes of the other scales.
   """
 
   name: str
@@ -74,31 +75,31 @@ class Experiment:
   scales: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, repr=False)
 
   def at(self, scale: str) -> "Experiment":
-    """This experiment at another scale."""
+    """Return this experiment at another scale."""
     return dataclasses.replace(self, scale=scale, **self.scales.get(scale, {}))
 
   @property
   def folder(self) -> str:
-    """The folder of its results, among those of all experiments."""
+    """Name of the folder of its results."""
     return f"{self.name}-{self.dataset}-{self.scale}"
 
   @property
   def length(self) -> int:
-    """How many epochs to train."""
+    """Number of epochs."""
     return self.epochs or _EPOCHS.get(self.dataset, _EPOCHS_ELSEWHERE)
 
   @property
   def selection_length(self) -> int:
-    """How many epochs the runs train that choose the rate."""
+    """Number of epochs of the trials that select the rate."""
     return min(self.selection_epochs or self.length, self.length)
 
   @property
   def seed_list(self) -> list[int]:
-    """The seeds of the runs; seed 0 is that of the runs that choose the learning rate."""
+    """Seeds of the tested runs; the trials have seed 0."""
     return list(range(1, self.seeds + 1))
 
   def check(self) -> None:
-    """Refuses values that make no sense, before anything costly is done."""
+    """Raise UsageError for invalid values, before anything costly is done."""
     if self.epochs is not None and self.epochs < 1:
       raise UsageError(f"--epochs must be at least 1, found {self.epochs}")
     if self.seeds < 1:
@@ -111,7 +112,7 @@ class Experiment:
       raise UsageError(f"--batch-sizes must be at least 1, found {min(self.batch_sizes)}")
 
   def check_fits(self, images: int) -> None:
-    """Refuses a batch that the training images cannot fill."""
+    """Raise UsageError if the training images cannot fill a batch."""
     if max(self.batch_sizes) > images:
       raise UsageError(
         f"--batch-sizes: {max(self.batch_sizes)} is more than the {images} images of "
@@ -119,7 +120,7 @@ class Experiment:
       )
 
   def setup(self, method: Method, batch_size: int, images: int, classes: int) -> Setup:
-    """How a method trains at a batch size on so many images of so many classes."""
+    """Return the setup of a method at a batch size, for numbers of images and classes."""
     return Setup(
       method.adapt(self.network.clone(classes=classes)),
       method,
@@ -130,7 +131,7 @@ class Experiment:
     )
 
   def rate_settings(self, method: Method, batch_size: int) -> dict[str, Any]:
-    """The settings of the runs that choose a learning rate."""
+    """Return the settings of the trials that select a learning rate."""
     return self._settings("rate", batch_size) | {
       "method": method.name,
       "rates": list(self.rates),
@@ -138,7 +139,7 @@ class Experiment:
     }
 
   def epoch_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
-    """The settings of the runs that are tested after each epoch."""
+    """Return the settings of the runs that are tested after each epoch."""
     return self._settings("epoch", batch_size) | {
       "method": method.name,
       "rate": rate,
@@ -146,12 +147,12 @@ class Experiment:
     }
 
   def time_settings(self, batch_size: int) -> dict[str, Any]:
-    """The settings under which the time of a step is measured."""
+    """Return the settings of the measured times of a step."""
     methods = [method.name for method in self.methods]
     return self._settings("step_time", batch_size) | {"methods": methods}
 
   def conditioning_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
-    """The settings under which condition numbers are measured."""
+    """Return the settings of the measured condition numbers."""
     return self._settings("conditioning", batch_size) | {
       "method": method.name,
       "rate": rate,
@@ -168,6 +169,6 @@ class Experiment:
       "images": self.images,
       "test_images": self.test_images,
       "augment": self.augment,
-      # A schedule depends on how long it is meant to be.
+      # Records without decays have None here.
       "decays": list(self.decays) or None,
     }

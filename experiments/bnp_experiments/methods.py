@@ -1,7 +1,7 @@
 """The methods that the experiments compare: an optimizer, a normalization layer, a colour.
 
-A method looks the same in every figure. The colours are Okabe and Ito's, and Tol's, told apart by
-colour-blind readers; markers say it once more.
+A method has the same colour and marker in every figure. The colours are those of Okabe and Ito and
+of Tol, which are distinct for colour-blind readers.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,14 @@ Optimizer = Callable[[Rate], optax.GradientTransformation]
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-  """A learning rate that begins at a tenth of what it is to be.
+  """A learning rate that starts at a tenth of the full rate.
+
+  The full rate is reached after `steps` steps plus `epochs` epochs.
 
   Attributes:
-    steps: Steps until the full rate is reached, as far as they are given in steps.
-    epochs: Epochs until then, likewise.
-    linear: Whether it rises in a straight line, or is constant and then jumps.
+    steps: Number of steps.
+    epochs: Number of epochs.
+    linear: Whether the rate rises linearly, or is constant and then jumps.
   """
 
   steps: int = 0
@@ -37,7 +39,7 @@ class Warmup:
   linear: bool = True
 
   def factor(self, count: jax.Array, epoch: int) -> jax.Array:
-    """The factor of the rate at step `count`, for epochs of `epoch` steps."""
+    """Return the factor of the rate at step `count`, for epochs of `epoch` steps."""
     done = jnp.minimum(count.astype(jnp.float32) / (self.steps + self.epochs * epoch), 1.0)
     return 0.1 + 0.9 * (done if self.linear else jnp.floor(done))
 
@@ -47,19 +49,19 @@ class Method:
   """One way to train a network.
 
   Attributes:
-    name: What the command line and the records call it.
-    label: What tables and figures call it.
+    name: Name on the command line and in the records.
+    label: Name in tables and figures.
     colour: Its colour in every figure.
     marker: Its marker in every figure.
-    optimizer: Makes the optimizer for a learning rate, which may be traced, or a schedule.
-    bnp: Whether the optimizer comes after BNP in a chain, or inside `bnp_optax.bnp`; None for one
-      without BNP.
-    norm: Makes the network's normalization layers, if it has any.
-    network: What else the method changes of the network, as pairs of a field and its value.
+    optimizer: Function that returns the optimizer for a learning rate, traced or a schedule.
+    bnp: "before" for BNP before the optimizer in a chain, "around" for the optimizer inside
+      `bnp_optax.bnp`; None for no BNP.
+    norm: Function that returns a normalization layer; None for no normalization.
+    network: Other changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
-    warmup: How the learning rate begins; None for the full rate from the start.
-    variants: What is to be chosen together with the learning rate: this method with other settings
-      and a name of its own each; empty for this method as it is.
+    warmup: The warm-up of the learning rate; None for the full rate from the start.
+    variants: Methods with other settings and other names, one of which is selected together with
+      the learning rate; empty for this method alone.
   """
 
   name: str
@@ -77,7 +79,7 @@ class Method:
   def make_optimizer(
     self, rate: Rate, layers: bnp_optax.Layers
   ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for a learning rate and the layers of a network."""
+    """Return the optimizer for a learning rate and the layers of a network."""
     inner = self.optimizer(rate)
     if self.weight_decay:
       inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
@@ -88,19 +90,19 @@ class Method:
     return optax.with_extra_args_support(inner)
 
   def adapt(self, network: nn.Module) -> nn.Module:
-    """The network as this method has it."""
+    """Return the network with the changes of this method."""
     return network.clone(norm=self.norm, **dict(self.network))
 
 
 def momentum(rate: Rate) -> optax.GradientTransformation:
-  """SGD with momentum 0.9."""
+  """Return SGD with momentum 0.9."""
   return optax.sgd(rate, momentum=0.9)
 
 
 def _four_things(
   train: bool, ghost_size: int | None = None, num_groups: int | None = None
 ) -> nn.Module:
-  """BatchNorm with 4 things; the weight of the example in inference is not tuned."""
+  """Return BatchNorm with 4 things; the weight of the example in inference is not tuned."""
   return normalization.GhostBatchNorm(
     use_running_average=not train,
     momentum=0.99,

@@ -1,8 +1,8 @@
-"""The paper's networks, as Flax modules with a free choice of normalization layer.
+"""The paper's networks, as Flax modules with a choice of normalization layer.
 
-Residual networks and transformers, next door, take the same `Norm`. Every network maps images (or
-tokens) and `train` to logits; has `norm`, `classes` and a `title`; and all its linear layers are
-ones that BNP preconditions.
+The residual networks and transformers of other modules take the same `Norm`. Every network maps
+images (or tokens) and `train` to logits and has the fields `norm` and `classes` and a `title`. BNP
+covers all its linear layers.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,22 @@ import jax
 from bnp_optax import normalization
 
 Norm = Callable[[bool], nn.Module]
-"""Makes a normalization layer; told whether it is for training (or else for inference)."""
+"""Function that returns a normalization layer, for training if its argument is True."""
 
 
 def batch_norm(train: bool) -> nn.Module:
-  """BatchNorm with the defaults of TensorFlow, which the paper uses."""
+  """Return BatchNorm with the defaults of TensorFlow, which the paper uses."""
   return nn.BatchNorm(use_running_average=not train, momentum=0.99, epsilon=1e-3)
 
 
 def layer_norm(train: bool) -> nn.Module:
-  """LayerNorm with the defaults of TensorFlow, which the paper uses."""
+  """Return LayerNorm with the defaults of TensorFlow, which the paper uses."""
   del train
   return nn.LayerNorm(epsilon=1e-3)
 
 
 def batch_renorm(train: bool) -> nn.Module:
-  """Batch Renormalization with the defaults of TensorFlow, which limits neither r nor d."""
+  """Return Batch Renormalization with the defaults of TensorFlow: no limits of r and d."""
   return normalization.BatchRenorm(
     use_running_average=not train, momentum=0.99, epsilon=1e-3, r_max=math.inf, d_max=math.inf
   )
@@ -38,10 +38,10 @@ def batch_renorm(train: bool) -> nn.Module:
 def group_norm(
   train: bool, *, num_groups: int | None = 4, group_size: int | None = None
 ) -> nn.Module:
-  """GroupNorm with PyTorch's epsilon, which the paper's residual networks use.
+  """Return GroupNorm with PyTorch's epsilon, which the paper's residual networks use.
 
-  The paper's "group size 4" (and 32 for ImageNet) is read as 4 groups, as Wu and He (2018) count
-  them and as PyTorch's layer takes them; `functools.partial(group_norm, num_groups=None,
+  The paper's "group size 4" (and 32 for ImageNet) is interpreted as 4 groups, the convention of Wu
+  and He (2018) and of PyTorch; `functools.partial(group_norm, num_groups=None,
   group_size=4)` has 4 channels in each group.
   """
   del train
@@ -49,20 +49,20 @@ def group_norm(
 
 
 def normalize(hidden: jax.Array, norm: Norm | None, train: bool) -> jax.Array:
-  """Applies a new normalization layer of the module that calls this, if there is to be one."""
+  """Apply a new normalization layer of the calling module; return `hidden` without a norm."""
   return hidden if norm is None else norm(train)(hidden)
 
 
 def with_channels(images: jax.Array) -> jax.Array:
-  """Images `[batch, height, width, channels]`, from these or from `[batch, height, width]`."""
+  """Return images `[batch, height, width, channels]`; the channels may be missing."""
   return images if images.ndim == 4 else images[..., None]
 
 
 def max_pool(hidden: jax.Array) -> jax.Array:
-  """2 x 2 max pooling without padding, of maps `[batch, height, width, channels]`.
+  """Apply 2 x 2 max pooling without padding to maps `[batch, height, width, channels]`.
 
-  As a maximum over axes: on a CPU the gradient of `flax.linen.max_pool` takes twice the time of all
-  that the paper's convolutional network does besides.
+  It is a maximum over axes, because on a CPU the gradient of `flax.linen.max_pool` takes twice the
+  time of the rest of the paper's convolutional network.
   """
   batch, height, width, channels = hidden.shape
   hidden = hidden[:, : height // 2 * 2, : width // 2 * 2]
@@ -72,12 +72,12 @@ def max_pool(hidden: jax.Array) -> jax.Array:
 class MLP(nn.Module):
   """The fully connected network of section 5: hidden layers h -> norm(relu(W h + b)).
 
-  The norm acts on what the next layer reads (eq. 2), so never on the images themselves.
+  The norm acts on the inputs of the next layer (eq. 2), and not on the images.
 
   Attributes:
     features: Width of each hidden layer.
     classes: Number of outputs.
-    norm: Makes the normalization layers; None for a network without any.
+    norm: Function that returns a normalization layer; None for a network without normalization.
   """
 
   features: tuple[int, ...] = (100, 100, 100)
@@ -86,7 +86,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps images `[batch, ...]`, flattened, to logits `[batch, classes]`."""
+    """Map images `[batch, ...]`, flattened, to logits `[batch, classes]`."""
     hidden = images.reshape(len(images), -1)
     for width in self.features:
       hidden = nn.relu(nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(hidden))
@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network, without its norm and its output layer."""
+    """Name of the network in figures and records, without its norm and its output layer."""
     return "FC " + "-".join(map(str, self.features))
 
 
@@ -103,14 +103,15 @@ class CNN(nn.Module):
   """The convolutional network of section 5, TensorFlow's tutorial network with 32-64-32 filters.
 
   3 x 3 convolutions without padding, 2 x 2 max pooling after all but the last of them, a hidden
-  dense layer and the output layer: `norm(pool(relu(W h + b)))`. The norm acts on what the next
-  layer reads (eq. 2), so after pooling, and on the channels of a feature map, so before flattening.
+  dense layer and the output layer: `norm(pool(relu(W h + b)))`. The norm acts on the inputs of the
+  next layer (eq. 2), which is after pooling, and on the channels of a feature map, which is before
+  flattening.
 
   Attributes:
     filters: Channels of each convolution.
     width: Width of the hidden dense layer.
     classes: Number of outputs.
-    norm: Makes the normalization layers; None for a network without any.
+    norm: Function that returns a normalization layer; None for a network without normalization.
   """
 
   filters: tuple[int, ...] = (32, 64, 32)
@@ -120,7 +121,7 @@ class CNN(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps images `[batch, height, width]` or `[..., channels]` to logits `[batch, classes]`."""
+    """Map images `[batch, height, width]` or `[..., channels]` to logits `[batch, classes]`."""
     glorot = nn.initializers.glorot_uniform()
     hidden = with_channels(images)
     for number, channels in enumerate(self.filters, start=1):
@@ -135,5 +136,5 @@ class CNN(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network, without its norm and its output layer."""
+    """Name of the network in figures and records, without its norm and its output layer."""
     return f"CNN {'-'.join(map(str, self.filters))}, FC {self.width}"

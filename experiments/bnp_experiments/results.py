@@ -1,8 +1,8 @@
-"""The results of a run: JSON lines in a folder, appended as they come and never written twice.
+"""The results of a run: JSON lines in a folder, appended one by one.
 
-Every line says by itself what it is of, so that a file can be read, filtered and drawn without the
-program that wrote it. A run first looks for the lines it is about to make; this is how it goes on
-where another one stopped.
+Every line contains its settings, so that a file can be read, filtered and drawn without the program
+that wrote it. A run looks for existing lines before it does the work for new ones, and thereby
+resumes an earlier run.
 """
 
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ FILE = "results.jsonl"
 
 
 class Results:
-  """The lines of one results file, read and appended."""
+  """Reads and appends the lines of one results file."""
 
   def __init__(self, path: pathlib.Path, file: IO[bytes], command: list[str]) -> None:
-    """Reads the lines; a last one that was cut off while it was written is dropped."""
+    """Read the lines; drop a last one that was cut off while it was written."""
     self._path = path
     self._file = file
     self._command: list[str] | None = command
@@ -54,7 +54,7 @@ class Results:
     return record
 
   def find(self, **fields: object) -> list[Record]:
-    """The records that have all of these fields, oldest first; a None finds what has none."""
+    """Return the records with these fields, oldest first; None matches a missing field."""
     wanted = json.loads(json.dumps(fields)).items()
     return [
       record
@@ -63,12 +63,13 @@ class Results:
     ]
 
   def append(self, record: Record) -> None:
-    """Adds a record, which is out of this process when this returns.
+    """Append a record; it is written to the file when this returns.
 
-    The first one comes after a record of what made it; a run that adds nothing leaves no trace.
+    The first one is preceded by a record of the command and the machine. A run that appends nothing
+    leaves the file unchanged.
 
     Raises:
-      ExperimentError: The disk is full, or gone; the file is as it was before.
+      ExperimentError: The disk is full or missing; the file is unchanged.
     """
     if self._command is not None:
       command, self._command = self._command, None
@@ -85,36 +86,36 @@ class Results:
     except OSError as error:
       self._file.truncate(end)
       raise ExperimentError(
-        f"cannot write to {self._path}: {error.strerror}. What is there is whole: make room, and "
-        "run again to go on from it"
+        f"cannot write to {self._path}: {error.strerror}. The records so far are complete: make "
+        "room, and run again to resume"
       ) from error
 
 
 @contextlib.contextmanager
 def open_results(folder: pathlib.Path, command: list[str]) -> Iterator[Results]:
-  """Opens the results in a folder for this process alone.
+  """Open the results in a folder for this process alone.
 
   Args:
-    folder: Where they are, or shall be.
-    command: What the user called, for the record.
+    folder: The folder; it is made if it does not exist.
+    command: The command line, for the record.
 
   Yields:
     The results.
 
   Raises:
     UsageError: The folder cannot be written to, or another process is writing to it.
-    ExperimentError: The file holds something that is no result.
+    ExperimentError: The file contains a line that is not a record.
   """
   path = folder / FILE
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # Unbuffered: what could not be written must not be tried again when the file is closed.
+    # Unbuffered: closing the file must not repeat a write that failed.
     file = path.open("a+b", buffering=0)
   except OSError as error:
     raise UsageError(f"cannot write to --out {folder}: {error.strerror}") from error
   with file:
     try:
-      # The system gives the lock back when the process ends, however it ends.
+      # The system releases the lock at any end of the process.
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
       raise UsageError(
@@ -125,7 +126,7 @@ def open_results(folder: pathlib.Path, command: list[str]) -> Iterator[Results]:
 
 @contextlib.contextmanager
 def writing_to(folder: pathlib.Path) -> Iterator[None]:
-  """Within this context, that a table or a picture cannot be written is an error in one line."""
+  """Raise an ExperimentError in one line if a file cannot be written within this context."""
   try:
     yield
   except OSError as error:
@@ -133,11 +134,11 @@ def writing_to(folder: pathlib.Path) -> Iterator[None]:
 
 
 def read_results(folder: pathlib.Path) -> Results:
-  """The results in a folder as they are now, even while another process adds to them.
+  """Read the results in a folder, possibly while another process appends to them.
 
   Raises:
     UsageError: There are none.
-    ExperimentError: The file holds something that is no result.
+    ExperimentError: The file contains a line that is not a record.
   """
   path = folder / FILE
   try:
@@ -148,7 +149,7 @@ def read_results(folder: pathlib.Path) -> Results:
 
 
 def _header(command: list[str]) -> Record:
-  """The record that begins a run: what was called, with what, on what machine."""
+  """Return the first record of a run: the command, the versions and the machine."""
   device = jax.devices()[0]
   return {
     "kind": "run",
@@ -171,7 +172,7 @@ def _header(command: list[str]) -> Record:
 
 
 def _git_revision() -> str | None:
-  """The commit of the clone that this package runs from, if it runs from one."""
+  """Return the commit of the clone that contains this package, or None."""
   root = pathlib.Path(__file__).parents[2]
   if not (root / ".git").exists():
     return None
@@ -181,7 +182,7 @@ def _git_revision() -> str | None:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
   try:
-    # Results that are written while this runs change nothing of what makes them.
+    # The results do not affect later results.
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!notebooks/results")
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
   except (OSError, subprocess.CalledProcessError):
@@ -189,7 +190,7 @@ def _git_revision() -> str | None:
 
 
 def _without_nan(value: Any) -> Any:
-  """JSON has no NaN and no infinity: what diverged is null."""
+  """Replace NaN and infinity, which JSON lacks, by None."""
   if isinstance(value, dict):
     return {key: _without_nan(entry) for key, entry in value.items()}
   if isinstance(value, list | tuple):

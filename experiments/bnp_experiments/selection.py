@@ -1,4 +1,4 @@
-"""Which learning rate, and which variant of a method, the held-out images choose."""
+"""The selection of the learning rate and the variant of a method from the trials."""
 
 import numpy as np
 
@@ -8,19 +8,19 @@ from bnp_experiments.results import Record, Results
 
 
 def winner(accuracy: np.ndarray, loss: np.ndarray, diverged: np.ndarray, images: int) -> int:
-  """Which of the runs wins: the lowest loss among those within a standard error of the best.
+  """Return the run with the lowest loss among those within a standard error of the best accuracy.
 
-  So small a difference in accuracy is chance. A run that diverged loses to every other; of equal
-  ones the first wins, which has the lower rate.
+  A smaller difference in accuracy is not significant. A run that diverged loses to every other. Of
+  equal runs, the first wins, which has the lower rate.
 
   Args:
     accuracy: Accuracy of each run on the held-out images.
-    loss: Its loss on them.
-    diverged: Whether it diverged.
-    images: How many images are held out.
+    loss: Loss of each run on them.
+    diverged: Whether each run diverged.
+    images: Number of held-out images.
 
   Returns:
-    The number of the run.
+    The index of the run.
   """
   running = ~diverged if not diverged.all() else diverged
   best = accuracy[running].max()
@@ -32,17 +32,17 @@ def winner(accuracy: np.ndarray, loss: np.ndarray, diverged: np.ndarray, images:
 def chosen(
   experiment: Experiment, results: Results, method: Method, batch_size: int
 ) -> tuple[Method, Record] | None:
-  """What a method trains with at a batch size, if that is known.
+  """Return the selected variant of a method at a batch size; None if trials are missing.
 
   Args:
     experiment: The experiment.
-    results: What has been done of it.
+    results: Its records so far.
     method: One of its methods.
     batch_size: One of its batch sizes.
 
   Returns:
-    The method, or the one of its variants that won; and the record of the rates that it was tried
-    with, of which `rate` is the one chosen.
+    The method, or its selected variant, and the record of its trials, whose `rate` is the selected
+    rate.
   """
   if len(experiment.rates) == 1 and not method.variants:
     rate = experiment.paper_rates.get(method.name, experiment.rates[0])

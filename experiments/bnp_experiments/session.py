@@ -1,4 +1,4 @@
-"""What the command line does: run an experiment, draw it, report on all of them."""
+"""The actions of the command line: run an experiment, draw it, report on all of them."""
 
 import pathlib
 import sys
@@ -15,14 +15,14 @@ from bnp_experiments.trainer import Trainer
 
 
 def run(experiment: Experiment, folder: pathlib.Path) -> None:
-  """Runs what is missing of an experiment, and shows all of it.
+  """Run what is missing of an experiment, and show all of it.
 
   Args:
-    experiment: What to run.
-    folder: Where its results are, or shall be.
+    experiment: The experiment.
+    folder: The folder of its results.
 
   Raises:
-    ExperimentError: It cannot be run.
+    ExperimentError: The experiment cannot be run.
   """
   experiment.check()
   dataset = data.load(experiment.dataset)
@@ -37,11 +37,11 @@ def run(experiment: Experiment, folder: pathlib.Path) -> None:
 
 
 def draw(experiment: Experiment, folder: pathlib.Path) -> None:
-  """Shows what there is of an experiment, from its results alone.
+  """Show the results of an experiment so far.
 
   Args:
-    experiment: What to show.
-    folder: Where its results are.
+    experiment: The experiment.
+    folder: The folder of its results.
 
   Raises:
     ExperimentError: There are no results.
@@ -50,7 +50,7 @@ def draw(experiment: Experiment, folder: pathlib.Path) -> None:
 
 
 def report_claims(folder: pathlib.Path) -> None:
-  """Shows of each claim whether it holds, and the learning rates beside the paper's.
+  """Show the verdict on each claim, and the learning rates beside the paper's.
 
   Args:
     folder: The folder of the results of all experiments.

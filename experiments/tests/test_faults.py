@@ -1,4 +1,4 @@
-"""What a full disk, a kill or a damaged file does to an experiment: one line, and nothing lost."""
+"""Tests of full disks, kills and damaged files: an error in one line, and nothing lost."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ SETTINGS = {"method": "bnp", "seeds": [1, 2]}
 
 @contextlib.contextmanager
 def full_disk(limit):
-  """No file can grow beyond so many bytes, whoever writes it."""
+  """Limit the size of all files."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
   try:
@@ -38,7 +38,7 @@ def full_disk(limit):
 
 @pytest.mark.parametrize("space", [0, 1, 100])
 def test_disk_full_while_results_are_written(tmp_path, space):
-  """What was there is whole, and the run goes on from it when there is room."""
+  """Earlier records are complete, and the run resumes when there is room."""
   record = {"epoch": 2, "train_loss": [0.123456789] * 100}
   with open_results(tmp_path, []) as results:
     results.append({"epoch": 1})
@@ -73,7 +73,7 @@ def checkpoints(tmp_path, states):
 
 
 def restore(tmp_path, like):
-  """What a new process would find."""
+  """Return the state that a new process would restore."""
   epoch, state = Checkpoints(tmp_path / "checkpoints").restore(SETTINGS, 5, like)
   return epoch, jax.device_get(state["w"])
 
@@ -92,7 +92,7 @@ def test_disk_full_while_a_checkpoint_is_written(tmp_path, checkpoints, states, 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_stopped_while_a_checkpoint_is_written(tmp_path, monkeypatch, checkpoints, states, stop):
-  """All is written, but not yet moved into place: the state before is the newest."""
+  """The new state is written but not yet renamed: the state before is the newest."""
 
   def stopping(*args, **kwargs):
     raise stop
@@ -150,7 +150,7 @@ def test_checkpoints_that_cannot_be_written(tmp_path, states):
 
 
 def test_a_read_only_cache_folder(tmp_path, monkeypatch):
-  """Where even the superuser may not write, as on a disk that is mounted so."""
+  """A folder in which not even the superuser can write, as on a read-only disk."""
 
   def refuse(*args, **kwargs):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -162,7 +162,7 @@ def test_a_read_only_cache_folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_tables_cannot_be_written_to(tmp_path, monkeypatch, capsys):
-  """What can be shown is shown first."""
+  """The table is shown before the error."""
   folder = RESULTS / "fig9-cifar10-laptop"
 
   def refuse(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The command line, from the command to the picture, and what becomes of a killed run."""
+"""Tests of the command line, from the command to the picture, and of killed runs."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ SMALL = ["--batch-sizes", "200", "--methods", "sgd", "bnp", "--seeds", "2"]
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-  """Calls the command line as a shell would, in a folder of its own."""
+  """Call the command line as a shell would, in a separate folder."""
   monkeypatch.chdir(tmp_path)
 
   def run(*arguments):
@@ -35,7 +35,7 @@ def call(monkeypatch, tmp_path):
 
 @pytest.fixture
 def small_experiment(monkeypatch):
-  """Checkpoints after every epoch, as if epochs were long, and hardly any timing."""
+  """Save checkpoints after every epoch, as for long epochs, and take few times."""
   monkeypatch.setattr(session, "Checkpoints", functools.partial(Checkpoints, seconds_apart=0))
   monkeypatch.setattr(
     protocol.timing,

@@ -1,4 +1,4 @@
-"""The results file: lines that survive a killed run, written by one process at a time."""
+"""Tests of the results file: lines that survive a killed run, written by one process at a time."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the held-out images choose."""
+"""Tests of the selection by held-out images."""
 
 import dataclasses
 

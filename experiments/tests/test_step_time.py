@@ -1,4 +1,4 @@
-"""The cost of a step: what is measured, by hand-counted numbers, and what becomes of a cell."""
+"""Tests of the cost of a step: measured numbers against counts by hand, and stored cells."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def measured():
 
 @pytest.fixture
 def small(monkeypatch, tmp_path, measured):
-  """The command line on two cells, which are measured once for all tests."""
+  """Call the command line on two cells, which are measured once for all tests."""
   todo = [CELL, dataclasses.replace(CELL, series="", batch_size=3)]
   taken = []
   monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Training in lanes: the same as one by one, the same every time, and sane when it diverges."""
+"""Tests of training in lanes: equal to single runs, reproducible, and robust to divergence."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ METHODS = [methods.SGD, methods.BATCHNORM, methods.LAYERNORM, methods.BNP]
 
 @pytest.fixture(scope="module")
 def images():
-  """Two classes of 3x3 images: bright ones and dark ones; two images more than fill batches."""
+  """Two classes of 3x3 images, bright and dark; two images do not fill a batch."""
   rng = np.random.default_rng(0)
   labels = np.arange(50) % 2
   pixels = rng.integers(0, 100, (50, 3, 3)) + 150 * labels[:, None, None]

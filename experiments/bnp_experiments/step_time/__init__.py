@@ -1,9 +1,9 @@
-"""What a training step costs, network by network and method by method: `bnp-optax run step-time`.
+"""The cost of a training step for each network and method: `bnp-optax run step-time`.
 
-It learns nothing, so random images will do and no data is fetched. A cell is one network at one
-batch size: the step of every method is compiled by itself, and then all are timed in rounds, each
-in turn, so that whatever else the machine does meets all of them alike. Ratios are taken within a
-round. The results of a cell are one line; a run goes on after the last one that is there.
+The images are random; no data is fetched. A cell is one network at one batch size. The step of
+every method is compiled by itself, and then all are timed in rounds, one after the other, so that
+other work on the machine affects all methods alike. Ratios are taken within a round. The results of
+a cell are one record; a run resumes after the last one.
 """
 
 from collections.abc import Callable
@@ -35,11 +35,11 @@ _FEWEST_ROUNDS = 5
 
 
 def run(scale: str, folder: pathlib.Path) -> None:
-  """Measures what is missing, and shows all of it.
+  """Measure what is missing, and show all of it.
 
   Args:
-    scale: How much to measure.
-    folder: Where the results are, or shall be.
+    scale: The scale: `smoke`, `laptop` or `paper`.
+    folder: The folder of the results.
 
   Raises:
     ExperimentError: The results cannot be read or written.
@@ -54,20 +54,20 @@ def run(scale: str, folder: pathlib.Path) -> None:
 
 
 def draw(scale: str, folder: pathlib.Path) -> None:
-  """Shows what there is, from the results alone."""
+  """Show the results so far."""
   _show(scale, read_results(folder), folder, Console())
 
 
 def measure(cell: Cell, seconds: float) -> Record:
-  """Compiles and times the step of every method.
+  """Compile and time the step of every method.
 
   Args:
-    cell: What to measure.
-    seconds: How long to time all methods together, at the least.
+    cell: The cell.
+    seconds: Minimum time for all methods together.
 
   Returns:
-    `seconds`, a step of each method in each round; `relative_to_sgd`, the same as ratios within the
-    round; and `programs`, what is known of each method's compiled step.
+    `seconds`, the time of a step of each method in each round; `relative_to_sgd`, its ratio to SGD
+    in the same round; and `programs`, the cost of each compiled step, as in `Step.program`.
   """
   steps = {method.name: Step(cell, method) for method in cell.methods}
   rounds, end = [], time.perf_counter() + seconds
@@ -83,16 +83,16 @@ def measure(cell: Cell, seconds: float) -> Record:
 
 
 class Step:
-  """The compiled training step of one method, and where its training has got to.
+  """The compiled training step of one method, and the state of its training.
 
   Attributes:
     compiled: The compiled step.
-    program: Processor seconds to trace and to compile it, the operations and bytes that the
-      compiler counts, the most memory it holds at a time, and the bytes of the optimizer's state.
+    program: Processor seconds to trace and to compile it, the operations and bytes by the
+      compiler's count, its peak memory, and the bytes of the optimizer's state.
   """
 
   def __init__(self, cell: Cell, method: Method) -> None:
-    """Compiles the step of a method on the network and the batch of a cell."""
+    """Compile the step of a method on the network and the batch of a cell."""
     model = method.adapt(cell.network)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.uniform(size=(cell.batch_size, *cell.shape)), jnp.float32)
@@ -101,13 +101,13 @@ class Step:
     params = variables.pop("params")
     layers = bnp_optax.linen.layers(model, images, train=False, strict=True)
     optimizer = method.make_optimizer(jnp.asarray(_RATE, jnp.float32), layers)
-    # Who trains without BNP has no use for statistics, and should not pay for tracing them.
+    # Without BNP, a user would not trace the statistics.
     sowing = bnp_optax.linen.sow_statistics if method.bnp else contextlib.nullcontext
     take_step = jax.jit(_training_step(model, optimizer, sowing), donate_argnums=0)
     opt_state = optimizer.init(params)
     self._state = (params, variables, opt_state)
     self._batch = (images, labels)
-    # Processor time: of what happens once, rounds cannot take out what else the machine does.
+    # Processor time: compilation happens once, and rounds cannot remove the effect of other work.
     start = time.process_time()
     lowered = take_step.lower(self._state, *self._batch)
     traced = time.process_time()
@@ -120,7 +120,7 @@ class Step:
       "compile_seconds": compile_seconds,
       "flops": counted["flops"],
       "bytes_accessed": counted["bytes accessed"],
-      # Arguments that are given away become outputs.
+      # Donated arguments become outputs.
       "peak_bytes": memory.argument_size_in_bytes
       + memory.output_size_in_bytes
       - memory.alias_size_in_bytes
@@ -130,12 +130,12 @@ class Step:
     self._take_step = take_step
     self._count = 1
     self.sample()
-    # Once more, now that all is loaded, to see how many steps make a sample.
+    # The second sample, after loading, determines the number of steps of the others.
     self._count = 5
     self._count = max(1, round(_SECONDS_A_SAMPLE / self.sample()))
 
   def sample(self) -> float:
-    """Seconds a step, over one sample of steps."""
+    """Return the seconds of a step, over one sample of steps."""
     start = time.perf_counter()
     for _ in range(self._count):
       self._state = self._take_step(self._state, *self._batch)
@@ -148,7 +148,7 @@ def _training_step(
   optimizer: optax.GradientTransformationExtraArgs,
   sowing: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[tuple[Any, dict[str, Any], Any], jax.Array, jax.Array], tuple[Any, Any, Any]]:
-  """A step as users write it, from one state to the next."""
+  """Return a step as users write it, from one state to the next."""
 
   def step(
     state: tuple[Any, dict[str, Any], Any], images: jax.Array, labels: jax.Array
@@ -175,9 +175,9 @@ def _training_step(
 
 
 def _variables(model: nn.Module, images: jax.Array, rng: np.random.Generator) -> dict[str, Any]:
-  """Variables of the right shapes, with no numbers that arithmetic is slow with.
+  """Return variables of the right shapes, without denormal numbers, which are slow.
 
-  The initializers themselves take longer to compile than a step.
+  The initializers of the model would take longer to compile than a step.
   """
 
   def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:

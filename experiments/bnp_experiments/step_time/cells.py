@@ -1,4 +1,4 @@
-"""What `bnp-optax run step-time` measures: networks, batch sizes and methods."""
+"""The cells of `bnp-optax run step-time`: networks, batch sizes and methods."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -38,7 +38,7 @@ class Stack(nn.Module):
     depth: Number of these layers.
     scanned: Whether they are scanned.
     width: Their width.
-    norm: Makes the normalization layers; there are none.
+    norm: Always None: there is no normalization.
   """
 
   depth: int
@@ -48,7 +48,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-    """Maps images `[batch, ...]`, flattened, to logits `[batch, classes]`."""
+    """Map images `[batch, ...]`, flattened, to logits `[batch, classes]`."""
     del train
     hidden = nn.Dense(self.width)(images.reshape(len(images), -1))
     if self.scanned:
@@ -66,7 +66,7 @@ class Stack(nn.Module):
 
   @property
   def title(self) -> str:
-    """What figures and records call this network."""
+    """Name of the network in figures and records."""
     return f"{self.depth} layers of {self.width}{', scanned' * self.scanned}"
 
 
@@ -83,11 +83,11 @@ class Cell:
   """One network at one batch size.
 
   Attributes:
-    series: What grows from cell to cell: `batch`, `width`, `image`, `layers`; empty for nothing.
+    series: Quantity that grows from cell to cell: `batch`, `width`, `image`, `layers`, or empty.
     network: The network, without norm.
     shape: The shape of an image.
-    batch_size: Images in a step.
-    methods: What is compared, plain SGD first.
+    batch_size: Number of images in a step.
+    methods: The methods, plain SGD first.
   """
 
   series: str
@@ -98,7 +98,7 @@ class Cell:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """What the line of its results is found by."""
+    """Settings that its record is found by."""
     return {
       "kind": "step_cost",
       "series": self.series,
@@ -110,7 +110,7 @@ class Cell:
 
 
 def cells(scale: str) -> list[Cell]:
-  """What is measured at a scale: `smoke`, `laptop` or `paper`."""
+  """Return the cells of a scale: `smoke`, `laptop` or `paper`."""
   if scale == "smoke":
     return [
       *_batch_cells((1, 16), _FEW),

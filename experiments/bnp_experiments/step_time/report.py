@@ -16,10 +16,10 @@ Measured = Sequence[tuple[Any, Record]]
 
 
 def tables(measured: Measured) -> list[tuple[Table, str]]:
-  """The time of a step, and what the compiler says of it.
+  """Return the tables of the time of a step and of its compiled program.
 
   Args:
-    measured: Cells of `step_time` and what was measured of each.
+    measured: Cells of `step_time` with their records.
 
   Returns:
     Each table for the terminal, and the same table in Markdown.
@@ -28,23 +28,23 @@ def tables(measured: Measured) -> list[tuple[Table, str]]:
 
 
 def draw(measured: Measured, folder: pathlib.Path) -> pathlib.Path | None:
-  """Draws how time grows with the batch, the width and the image, compile time with the layers.
+  """Draw the time against batch, width and image, and the compile time against the layers.
 
   Args:
-    measured: Cells of `step_time` and what was measured of each.
-    folder: Where the picture goes.
+    measured: Cells of `step_time` with their records.
+    folder: The folder of the picture.
 
   Returns:
-    Where it is; None if there is nothing to draw.
+    The path of the picture; None if there is nothing to draw.
   """
-  there = [name for name in _PANELS if any(cell.series == name for cell, _ in measured)]
-  if not there:
+  present = [name for name in _PANELS if any(cell.series == name for cell, _ in measured)]
+  if not present:
     return None
   with figures.plt.style.context(figures.STYLE):
-    figure, row = figures.plt.subplots(
-      1, len(there), figsize=(3.7 * len(there), 3.6), squeeze=False, gridspec_kw={"wspace": 0.3}
+    figure, panels = figures.plt.subplots(
+      1, len(present), figsize=(3.7 * len(present), 3.6), squeeze=False, gridspec_kw={"wspace": 0.3}
     )
-    for name, axes in zip(there, row[0], strict=True):
+    for name, axes in zip(present, panels[0], strict=True):
       _PANELS[name](axes, [(cell, record) for cell, record in measured if cell.series == name])
       axes.set_xscale("log", base=2)
       axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
@@ -57,25 +57,25 @@ def draw(measured: Measured, folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _times(measured: Measured) -> tuple[Table, str]:
-  """Median and quartiles of the time of a step, relative to plain SGD."""
+  """Return median and quartiles of the time of a step, relative to plain SGD."""
   compared = {method.name: method for cell, _ in measured for method in cell.methods[1:]}
-  rows = []
+  lines = []
   for cell, record in measured:
     texts = [*_names(cell), f"{1e3 * np.median(record['seconds'][SGD.name]):.2f}"]
     for name in compared:
       ratios = record["relative_to_sgd"].get(name)
       low, middle, high = np.percentile(ratios, [25, 50, 75]) if ratios else (0, 0, 0)
       texts.append(f"{middle:.2f} ({low:.2f}–{high:.2f})" if ratios else "")
-    rows.append(tuple(texts))
+    lines.append(tuple(texts))
   labels = (method.label for method in compared.values())
-  return report.table(("network", "image", "batch", "SGD, ms", *labels), rows)
+  return report.table(("network", "image", "batch", "SGD, ms", *labels), lines)
 
 
 def _programs(measured: Measured) -> tuple[Table, str]:
-  """What a step of BNP costs beside its time, relative to one of plain SGD."""
+  """Return the other costs of a step of BNP, relative to one of plain SGD."""
   columns = ("network", "image", "batch", "SGD's trace, compile", "trace", "compile", "both")
   columns += ("flops", "bytes", "memory", "state, bytes")
-  rows = []
+  lines = []
   for cell, record in measured:
     sgd, bnp = (record["programs"][method.name] for method in (SGD, methods.BNP))
     ratios = [
@@ -83,7 +83,7 @@ def _programs(measured: Measured) -> tuple[Table, str]:
       for kind in ("trace_seconds", "compile_seconds", "flops", "bytes_accessed", "peak_bytes")
     ]
     ratios.insert(2, _to_build(bnp) / _to_build(sgd))
-    rows.append(
+    lines.append(
       (
         *_names(cell),
         f"{sgd['trace_seconds']:.2f} s, {sgd['compile_seconds']:.2f} s",
@@ -91,7 +91,7 @@ def _programs(measured: Measured) -> tuple[Table, str]:
         f"{bnp['state_bytes']:,}",
       )
     )
-  return report.table(columns, rows)
+  return report.table(columns, lines)
 
 
 def _names(cell: Any) -> tuple[str, str, str]:
@@ -164,7 +164,7 @@ def _line(
   marker: str,
   style: str = "-",
 ) -> None:
-  """Medians, with the quartiles as a band where there are any."""
+  """Draw medians, with the quartiles as a band."""
   if not points:
     return
   places = [place for place, _ in points]
