@@ -186,7 +186,7 @@ def _windows(layer: Any, inputs: jax.Array, *, channel_major: bool) -> jax.Array
     h, padding = jnp.pad(h, [(0, 0), *sides, (0, 0)], mode), "VALID"
   else:
     padding = _sides(padding, window)
-  letters = "DHW"[3 - window :] if window <= 3 else "".join(map(chr, range(65, 65 + window)))
+  letters = "ABDEFGH"[:window]  # Not those of the other axes: N, C, I, O.
   h = jax.lax.conv_general_dilated_patches(
     h,
     kernel_size,

@@ -27,7 +27,7 @@ from bnp_optax._matching import (
 )
 from bnp_optax._preconditioner import Preconditioner
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
-from bnp_optax._trees import flatten_masked, unboxed
+from bnp_optax._trees import flatten_masked, is_masked, unboxed
 
 # A function of P, a kernel and a bias in canonical form.
 _LayerFunction = Callable[
@@ -115,7 +115,15 @@ class RunningStatistics:
     leaves, treedef = flatten_masked(params)
     mean: list[Any] = [optax.MaskedNode()] * len(leaves)
     variance, weight = list(mean), list(mean)
-    for layer in find_layers(params, self.layers):
+    layers = find_layers(params, self.layers)
+    # optax.tree.map_params passes a placeholder without leaves.
+    if not layers and any(not is_masked(x) for x in leaves):
+      raise ValueError(
+        "BNP covers no layer of these parameters and would change nothing. Pass it the parameters "
+        "of the model, not a flattened copy, and layers=bnp_optax.linen.layers(model, *inputs) if "
+        f"no kernel is named kernel. The parameters are {jax.tree.structure(params)}."
+      )
+    for layer in layers:
       kernel = leaves[layer.kernel]
       shape = layer.layout.statistics_shape(kernel.shape)
       dtype = accumulation_dtype(kernel.dtype)

@@ -232,11 +232,13 @@ def bnp(
 def _refuse_copies_of_parameters(inner: optax.GradientTransformation, params: optax.Params) -> None:
   """Raise ValueError if the state of `inner` depends on the values of the parameters."""
   closed, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
-  jaxpr = closed.jaxpr
   nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
   lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in nodes)
-  used = {id(x) for x in jaxpr.outvars}.union(id(x) for eqn in jaxpr.eqns for x in eqn.invars)
-  if lbfgs or any(id(x) in used for x in jaxpr.invars):
+  used = {id(x) for x in closed.jaxpr.outvars}
+  for equation in reversed(closed.jaxpr.eqns):
+    if any(id(x) in used for x in equation.outvars):
+      used.update(map(id, equation.invars))
+  if lbfgs or any(id(x) in used for x in closed.jaxpr.invars):
     raise ValueError(
       "bnp: the inner optimizer keeps a copy of the parameters (as schedule_free, lookahead, "
       "prodigy, dog and lbfgs do). BNP's coordinates z = P^-1 theta move with the statistics, and "

@@ -160,11 +160,7 @@ def test_conv(name):
   assert (layout.groups, layout.exact_windows) == (layer.feature_group_count, False)
 
 
-# The name of the third of four axes of a window is that of the channels.
-FOUR_AXES = pytest.param("four axes", marks=pytest.mark.xfail(strict=True, raises=TypeError))
-
-
-@pytest.mark.parametrize("name", [FOUR_AXES if name == "four axes" else name for name in CONVS])
+@pytest.mark.parametrize("name", CONVS)
 def test_conv_with_exact_windows(name):
   layer, shape, padding = CONVS[name]
   x = normal(*shape)
