@@ -167,7 +167,7 @@ class RunningStatistics:
       for field, x, y in zip(fields, new, old, strict=True):
         field[i] = jnp.where(finite, x, y)
       preconditioners.append(
-        self._preconditioner(layer, leaves[i].shape, mean[i], variance[i], batch)
+        self._make_preconditioner(layer, leaves[i].shape, mean[i], variance[i], batch)
       )
     new_state = ScaleByBnpState(
       count=optax.safe_increment(state.count),
@@ -200,7 +200,7 @@ class RunningStatistics:
       return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
     return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
-  def _preconditioner(
+  def _make_preconditioner(
     self,
     layer: Layer,
     shape: tuple[int, ...],
