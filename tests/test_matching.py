@@ -55,6 +55,13 @@ def test_find_layers_takes_those_of_the_mapping_alone():
   assert (layer.layout, layer.kernel, layer.bias, str(layer)) == (layout, 1, 0, "a/weight")
 
 
+def test_find_layers_skips_those_that_are_masked_out():
+  masked = optax.MaskedNode()
+  params = {"a": {"kernel": masked}, "b": {"kernel": masked, "bias": masked}}
+  layers = find_layers(params | params_like(c=(2, 4)), None)
+  assert [layer.path for layer in layers] == [("c", "kernel")]
+
+
 def test_layers_of_another_model():
   layouts = {("conv", "kernel"): KernelLayout.by_convention(3)}
   raises(

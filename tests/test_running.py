@@ -250,6 +250,7 @@ def test_in_bfloat16_bnp_of_identity_rounds_once_more():
   once, state = scale.update(grads, scale.init(params), stats=stats)
   twice, _ = bnp.update(grads, bnp.init(params), stats=stats)
 
+  chex.assert_trees_all_equal_dtypes(once, twice, grads)
   to_columns = lambda tree: np.vstack([tree["bias"][None], tree["kernel"]]).astype(np.float64)
   statistics = state.input_mean["kernel"], state.input_variance["kernel"]
   P = oracle.explicit_matrices(*statistics, window=1, q2=1.0)
