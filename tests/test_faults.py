@@ -18,7 +18,7 @@ import pytest
 
 import bnp_optax
 from bnp_optax.linen import sow_statistics
-from tests import problems
+from tests import problems, reference
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = problems.MLP()
@@ -85,6 +85,13 @@ def test_all_layers_for_a_while(problem, healthy, bad):
   expected = update(params, (x, y), healthy)
   actual = update(params, (x, y), state)
   chex.assert_trees_all_equal(actual[0], expected[0])
+  # The faults leave no trace: this is the paper's second step on the good batch.
+  grads, calls = reference.gradients(MODEL, params, (x, y))
+  paper = reference.bnp()
+  _, second = paper.update(grads, paper.init(params), calls=calls)
+  chex.assert_trees_all_close(
+    actual[0], paper.update(grads, second, calls=calls)[0], rtol=1e-4, atol=1e-5
+  )
   chex.assert_trees_all_equal(statistics(actual[1]), statistics(expected[1]))
 
 

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
 
@@ -108,6 +109,26 @@ def test_no_module_imports_the_experiments_or_benchmarks(name):
   forbidden = {"bnp_experiments", "benchmarks", "tests"}
   for imported in IMPORTS[name]:
     assert not any(imported == x or imported.startswith(f"{x}.") for x in forbidden), imported
+
+
+def part(name):
+  """Return the part of the library that a module belongs to; a package counts as one."""
+  return name.split(".")[1] if "." in name else "__init__"
+
+
+def test_the_map_in_contributing_md_lists_every_import():
+  text = (ROOT.parent / "docs" / "contributing.md").read_text()
+  (table,) = re.findall(r"^\| module \|.*?\n\n", text, re.MULTILINE | re.DOTALL)
+  listed, actual = {}, {part(name): set() for name in MODULES}
+  for line in table.strip().splitlines()[2:]:
+    names, _, imported = (re.findall(r"`([\w./]+)`", cell) for cell in line.split("|")[1:4])
+    listed |= {re.sub(r"\.py$|/$", "", name): set(imported) for name in names}
+  for name, imported in GRAPH.items():
+    actual[part(name)] |= {part(x) for x in imported} - {part(name)}
+  # linen and nnx share a line.
+  for imported in (listed, actual):
+    imported["linen"] = imported["nnx"] = imported["linen"] | imported["nnx"]
+  assert actual == listed
 
 
 @pytest.mark.parametrize("name", MODULES)

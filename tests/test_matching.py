@@ -55,6 +55,13 @@ def test_find_layers_takes_those_of_the_mapping_alone():
   assert (layer.layout, layer.kernel, layer.bias, str(layer)) == (layout, 1, 0, "a/weight")
 
 
+def test_find_layers_skips_those_that_are_masked_out():
+  masked = optax.MaskedNode()
+  params = {"a": {"kernel": masked}, "b": {"kernel": masked, "bias": masked}}
+  layers = find_layers(params | params_like(c=(2, 4)), None)
+  assert [layer.path for layer in layers] == [("c", "kernel")]
+
+
 def test_layers_of_another_model():
   layouts = {("conv", "kernel"): KernelLayout.by_convention(3)}
   raises(
@@ -310,8 +317,15 @@ def test_a_state_of_another_optimizer(mlp):
 def test_match_state_returns_the_leaves_in_the_order_of_the_gradients():
   params = params_like(a=(2, 3))
   params = {"a": params["a"] | {"bias": jnp.ones(3)}, "scale": jnp.ones(2)}
-  treedef = jax.tree.structure(params)
   mean = bnp_optax.scale_by_bnp().init(params).input_mean
   (layer,) = find_layers(params, None)
-  found = match_state("input_mean", mean, treedef, {layer: (2,)})
+  found = match_state("input_mean", mean, jax.tree.structure(params), {layer: (2,)})
   assert [getattr(x, "shape", None) for x in found] == [None, (2,), None]
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_state_of_another_debias(debias, mlp):
+  params, grads, stats = mlp
+  state = bnp_optax.scale_by_bnp(debias=debias).init(params)
+  tx = bnp_optax.scale_by_bnp(debias=not debias)
+  raises("another debias=", tx.update, grads, state, stats=stats)

@@ -96,3 +96,16 @@ def test_without_bias_only_the_columns_are_scaled(layer):
     w, b = jax.jit(function)(p, layer["w"], None)
     assert b is None
     np.testing.assert_allclose(w, jax.jit(function)(p, layer["w"], 0 * layer["b"])[0], rtol=1e-15)
+
+
+@given(layer=canonical_layers(), rho=st.floats(0, 1), rows=st.sampled_from([1, 2, 100]))
+def test_update_statistics(layer, rho, rows):
+  """Step 2; the variance of a single row, which is 0, is about the new running mean."""
+  rng = np.random.default_rng(0)
+  mu, sigma2, mu_H = layer["mu"], layer["sigma2"], rng.normal(size=layer["mu"].shape)
+  sigma2_H = np.zeros_like(mu) if rows == 1 else rng.lognormal(size=mu.shape)
+  actual = jax.jit(_preconditioner.update_statistics)(mu, sigma2, mu_H, sigma2_H, rows, 1 - rho)
+  mean = rho * mu + (1 - rho) * mu_H
+  about = (mu_H - mean) ** 2 if rows == 1 else sigma2_H
+  np.testing.assert_allclose(actual[0], mean, rtol=1e-11, atol=1e-13)
+  np.testing.assert_allclose(actual[1], rho * sigma2 + (1 - rho) * about, rtol=1e-11, atol=1e-13)

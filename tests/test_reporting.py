@@ -123,6 +123,17 @@ def test_inputs_that_have_the_example_axes_alone_are_not_masked():
   assert found.reason.startswith("the mask of shape (5, 2) does not fit")
 
 
+@pytest.mark.parametrize("mask", [None, [1, 0, 0]])
+def test_a_number_of_examples_is_that_of_every_call(mask):
+  found = statistics(call(3, 2, 4), call(6, 4), examples=7, mask=mask)
+  assert (found.rows, found.examples) == (12 if mask is None else 8, 7)
+
+
+def test_layers_that_disagree_about_the_number_of_examples():
+  with pytest.raises(ValueError, match=r"disagree .*: 3 in layer name and 6 in layer name\. Pass"):
+    report(call(3, 4), call(6, 4, kernel="other"))
+
+
 def test_no_rows():
   with pytest.raises(ValueError, match=r"Layer name: no rows in its inputs of shape \(0, 3\)"):
     report(call(0, 3))
@@ -150,6 +161,7 @@ def test_equal_arguments_give_equal_keys():
 @pytest.mark.parametrize(
   "other",
   [
+    {"examples": 3},
     {"example_axes": 2},
     {"axis_name": "batch"},
     {"exact_windows": True},

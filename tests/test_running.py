@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import bnp_optax
-from tests import oracle, problems
+from tests import oracle, problems, reference
 from tests.compiling import AS_USERS_DO
 
 
@@ -160,6 +160,28 @@ def test_gradients_that_are_not_finite_are_passed_on(mlp):
   chex.assert_tree_all_finite((updates["second"], state))
 
 
+# One update.
+
+
+def test_statistics_and_steps_are_those_of_the_paper():
+  """Over three batches, for strided and unbiased convolutions and a dense head."""
+  with jax.enable_x64(True):
+    model = problems.CNN("float64")
+    params, first = problems.make(model, (2, 6, 6, 3), "float64")
+    batches = [first, *(problems.make(model, (2, 6, 6, 3), "float64", seed)[1] for seed in (1, 2))]
+    tx = bnp_optax.scale_by_bnp(0.9)
+    actual, state = params, tx.init(params)
+    for batch in batches:
+      grads, stats = problems.grads_and_stats(model, actual, batch)
+      updates, state = tx.update(grads, state, stats=stats)
+      actual = optax.apply_updates(actual, updates)
+    expected, (running, _) = reference.train(reference.bnp(rho=0.9), model, params, batches)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
+    for name, (mean, variance) in running.items():
+      np.testing.assert_allclose(state.input_mean[name]["kernel"], mean, rtol=1e-9, atol=1e-12)
+      np.testing.assert_allclose(state.input_variance[name]["kernel"], variance, rtol=1e-9)
+
+
 # `scale_by_bnp` and `bnp` are two entry points on one engine.
 
 LAYERS = {
@@ -184,8 +206,11 @@ def computations(compiled):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_scale_by_bnp_and_bnp_of_identity_are_one_program(name, dtype):
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [*((name, {}) for name in LAYERS), ("grouped conv", {"debias": True, "lag_guard": 2.0})],
+)
+def test_scale_by_bnp_and_bnp_of_identity_are_one_program(name, options, dtype):
   """Bitwise: the same optimized program, the same updates and the same statistics."""
   make, shape = LAYERS[name]
   with jax.enable_x64(dtype == "float64"):
@@ -194,8 +219,8 @@ def test_scale_by_bnp_and_bnp_of_identity_are_one_program(name, dtype):
     grads, stats = problems.grads_and_stats(model, params, batch)
     layers = bnp_optax.linen.layers(model, batch[0])
     scale, bnp = (
-      bnp_optax.scale_by_bnp(layers=layers),
-      bnp_optax.bnp(optax.identity(), layers=layers),
+      bnp_optax.scale_by_bnp(**options, layers=layers),
+      bnp_optax.bnp(optax.identity(), **options, layers=layers),
     )
 
     def update_scale(grads, state, params, stats):
@@ -225,6 +250,7 @@ def test_in_bfloat16_bnp_of_identity_rounds_once_more():
   once, state = scale.update(grads, scale.init(params), stats=stats)
   twice, _ = bnp.update(grads, bnp.init(params), stats=stats)
 
+  chex.assert_trees_all_equal_dtypes(once, twice, grads)
   to_columns = lambda tree: np.vstack([tree["bias"][None], tree["kernel"]]).astype(np.float64)
   statistics = state.input_mean["kernel"], state.input_variance["kernel"]
   P = oracle.explicit_matrices(*statistics, window=1, q2=1.0)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import flax.linen as nn
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import bnp_optax
 from bnp_optax import _preconditioner, conditioning
 from bnp_optax._statistics import layer_statistics
 from tests import problems
@@ -152,6 +154,37 @@ def test_proposition_2_and_theorem_3(seed, mean):
     np.testing.assert_allclose(in_z, G.T @ S @ G, atol=1e-9 * (1 + mean) * np.abs(in_z).max())
   # Of the output layer, L'' is known: p (1 - p).
   np.testing.assert_allclose(np.diag(results[1][1]), p * (1 - p) / N, rtol=1e-11)
+
+
+@given(seed=seeds)
+def test_equation_8(seed):
+  """A step of gradient descent on z, mapped to theta, is the step of BNP."""
+  rng, N, names = np.random.default_rng(seed), 9, ("first", "second")
+  params = {
+    name: {"kernel": rng.normal(size=(n, m)), "bias": rng.normal(size=m)}
+    for name, n, m in (("first", 5, 4), ("second", 4, 3))
+  }
+  batch = 1 + rng.normal(size=(N, 5)), rng.normal(size=(N, 3))
+  model, loss = problems.MLP(jnp.float64), problems.loss_fn(problems.MLP(jnp.float64))
+  to_theta = lambda z, P: {
+    name: {"bias": (P[name] @ z[name])[0], "kernel": (P[name] @ z[name])[1:]} for name in names
+  }
+  H = {
+    name: conditioning.hidden_matrix(model, {"params": params}, batch[0], layer=(name, "kernel"))[0]
+    for name in names
+  }
+  P = {name: np.matmul(*factors(np.asarray(H[name]))) for name in names}
+  z = {
+    name: np.linalg.solve(P[name], np.vstack([params[name]["bias"], params[name]["kernel"]]))
+    for name in names
+  }
+  slope = jax.grad(lambda z: loss(to_theta(z, P), batch)[0])(z)
+  grads, stats = problems.grads_and_stats(model, params, batch)
+  # N >= n, so that q is 1, and the statistics are those of the batch.
+  tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0)
+  updates, _ = tx.update(grads, tx.init(params), stats=stats)
+  expected = to_theta(slope, P)
+  chex.assert_trees_all_close(updates, expected, rtol=1e-9, atol=1e-11)
 
 
 @st.composite

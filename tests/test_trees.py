@@ -61,12 +61,8 @@ def test_unboxed():
 
 
 def test_split_arrays():
-  tree = {
-    "x": np.ones(2),
-    "flag": True,
-    "shape": jax.ShapeDtypeStruct((3,), jnp.int32),
-    "name": "n",
-  }
+  """A dtype has no shape and is not an array."""
+  tree = {"x": np.ones(2), "shape": jax.ShapeDtypeStruct((3,), jnp.int32), "dtype": jnp.float32}
   arrays, rebuild = _trees.split_arrays(tree)
   assert arrays == [tree["shape"], tree["x"]]
   assert rebuild(["new shape", "new x"]) == tree | {"shape": "new shape", "x": "new x"}
