@@ -43,7 +43,7 @@ class Checkpoints:
     place = self._place(settings)
     with _explained(
       f"cannot keep the state of the run in {place}",
-      "Make room, and run again to resume from the state before",
+      "Free some disk space, and run again to resume from the state before",
     ):
       # Orbax would wait long for a folder that cannot be made.
       place.mkdir(parents=True, exist_ok=True)

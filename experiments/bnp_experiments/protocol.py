@@ -23,7 +23,7 @@ _SGD_RATE_FOR_TIMING = 0.01
 
 
 def run(trainer: Trainer) -> None:
-  """Run what is missing of an experiment."""
+  """Run the missing parts of an experiment."""
   experiment = trainer.experiment
   cells = [(batch, method) for batch in experiment.batch_sizes for method in experiment.methods]
   trainer.start(sum(_work_left(trainer, method, batch_size) for batch_size, method in cells))

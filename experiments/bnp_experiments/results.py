@@ -86,8 +86,8 @@ class Results:
     except OSError as error:
       self._file.truncate(end)
       raise ExperimentError(
-        f"cannot write to {self._path}: {error.strerror}. The records so far are complete: make "
-        "room, and run again to resume"
+        f"cannot write to {self._path}: {error.strerror}. The records so far are complete: free "
+        "some disk space, and run again to resume"
       ) from error
 
 

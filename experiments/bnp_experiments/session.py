@@ -15,7 +15,7 @@ from bnp_experiments.trainer import Trainer
 
 
 def run(experiment: Experiment, folder: pathlib.Path) -> None:
-  """Run what is missing of an experiment, and show all of it.
+  """Run the missing parts of an experiment, and show all results.
 
   Args:
     experiment: The experiment.

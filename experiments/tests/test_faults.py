@@ -38,7 +38,7 @@ def full_disk(limit):
 
 @pytest.mark.parametrize("space", [0, 1, 100])
 def test_disk_full_while_results_are_written(tmp_path, space):
-  """Earlier records are complete, and the run resumes when there is room."""
+  """Earlier records are complete, and the run resumes once there is disk space."""
   record = {"epoch": 2, "train_loss": [0.123456789] * 100}
   with open_results(tmp_path, []) as results:
     results.append({"epoch": 1})

@@ -113,9 +113,9 @@ def test_runs_goes_on_and_draws(small, tmp_path, capsys):
 
   (folder / "step-time.md").unlink()
   assert small("figure", "step-time", "--scale", "smoke", "--out", folder)[0] == 0
-  rows = (folder / "step-time.md").read_text().splitlines()
-  assert sum(row.startswith("| FC 5 | 4 | 2 |") for row in rows) == 2
-  assert sum(row.startswith("| FC 5 | 4 | 3 |") for row in rows) == 2
+  table = (folder / "step-time.md").read_text().splitlines()
+  assert sum(line.startswith("| FC 5 | 4 | 2 |") for line in table) == 2
+  assert sum(line.startswith("| FC 5 | 4 | 3 |") for line in table) == 2
   assert "BNP" in capsys.readouterr().out
 
 

@@ -35,7 +35,7 @@ _FEWEST_ROUNDS = 5
 
 
 def run(scale: str, folder: pathlib.Path) -> None:
-  """Measure what is missing, and show all of it.
+  """Measure the missing cells, and show all results.
 
   Args:
     scale: The scale: `smoke`, `laptop` or `paper`.
