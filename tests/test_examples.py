@@ -8,6 +8,7 @@ import pytest
 
 import bnp_optax
 from bnp_optax import linen
+from tests import oracle
 
 BATCH, TIME = 4, 9
 
@@ -75,6 +76,19 @@ def test_folded_axes_take_the_step_of_the_batch(model, examples, params, x):
   actual = step(model, params, x, examples=examples)
   for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_step_with_folded_axes_is_that_of_the_paper(params, x):
+  def loss(params):
+    return jnp.mean(Tokens(fold=True).apply({"params": params}, x) ** 2)
+
+  grads = jax.grad(loss)(params)["tokens"]
+  kernel, bias, _, _ = oracle.algorithm_3(
+    x, TIME, grads["kernel"], grads["bias"], np.zeros(5), np.ones(5)
+  )
+  actual = step(Tokens(fold=True), params, x, examples=BATCH)["tokens"]
+  np.testing.assert_allclose(actual["kernel"], kernel[0], rtol=1e-4, atol=1e-7)
+  np.testing.assert_allclose(actual["bias"], bias, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

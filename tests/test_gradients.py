@@ -36,6 +36,24 @@ def problem():
   return params, direction, inner_loss
 
 
+def test_gradients_have_a_part_through_the_statistics(problem):
+  params, _, inner_loss = problem
+  tx = bnp_optax.scale_by_bnp(0.5)
+
+  def step_norm(params, statistics):
+    (_, stats), grads = jax.value_and_grad(inner_loss, has_aux=True)(params)
+    updates, _ = tx.update(jax.lax.stop_gradient(grads), tx.init(params), stats=statistics(stats))
+    return optax.tree.norm(updates)
+
+  total, without = (
+    jax.jit(jax.grad(step_norm), static_argnums=1)(params, statistics)
+    for statistics in (lambda stats: stats, jax.lax.stop_gradient)
+  )
+  assert optax.tree.norm(without) == 0
+  # The statistics of the convolution depend on no parameter; those of the later layers do.
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(total["conv"]))
+
+
 TRANSFORMS = {
   "the paper": lambda rate: optax.chain(bnp_optax.scale_by_bnp(0.5), optax.sgd(rate)),
   "debiased": lambda rate: optax.chain(bnp_optax.scale_by_bnp(0.5, debias=True), optax.sgd(rate)),
