@@ -1,6 +1,7 @@
 """`debias` against a float64 NumPy oracle that keeps every batch, and `lag_guard`."""
 
 import dataclasses
+import functools
 
 import chex
 import flax.linen as nn
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import bnp_optax
-from tests import problems
+from tests import oracle, problems
 
 STEPS = 200
 SIZES = (1, 2, 7)
@@ -143,6 +144,22 @@ def test_the_first_batch_gives_its_own_mean_and_variance(problem):
     statistics = stats[name]["layer_statistics"]
     np.testing.assert_array_equal(state.input_mean[name]["kernel"], statistics.mean)
     np.testing.assert_array_equal(state.input_variance[name]["kernel"], statistics.variance)
+
+
+@pytest.mark.parametrize(
+  "make", [bnp_optax.scale_by_bnp, functools.partial(bnp_optax.bnp, optax.identity())]
+)
+def test_the_first_step_is_that_of_the_matrix_of_the_batch(problem, make):
+  params, grads, stats = problem
+  updates, _ = update(make(debias=True), params, grads, stats)
+  for name in ("first", "second"):
+    statistics = stats[name]["layer_statistics"]
+    inputs, q2 = len(statistics.mean), max(len(statistics.mean) / 8, 1)
+    P = oracle.explicit_matrices(statistics.mean, statistics.variance, window=1, q2=q2)
+    columns = lambda tree: np.vstack([tree["bias"][None], tree["kernel"]]).astype(np.float64)
+    expected = P @ P.T @ columns(grads[name])
+    assert columns(updates[name]).shape == (1 + inputs, expected.shape[1])
+    np.testing.assert_allclose(columns(updates[name]), expected, rtol=2e-4, atol=1e-6)
 
 
 def test_micro_batches_equal_one_batch(problem):
