@@ -191,12 +191,12 @@ class RunningStatistics:
     if layer.bias is None:
       # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
       mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square
-      rows = jnp.zeros_like(batch.rows[..., None])
     else:
-      mu_H, sigma2_H, rows = batch.mean, batch.variance, batch.rows[..., None]
+      mu_H, sigma2_H = batch.mean, batch.variance
     # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
     one_minus_rho = jnp.asarray(1 - self.decay, mu.dtype)
     if W is None:
+      rows = batch.rows[..., None]
       return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
     return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
