@@ -14,6 +14,7 @@ from typing import Any
 
 from bnp_experiments import data
 from bnp_experiments.models import MLP
+from bnp_experiments.training import as_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,11 +47,6 @@ SETTINGS: dict[str, Callable[[Callable[[Any], Any], Any], Any]] = {
     bounded(optimizer, rate), debias=True
   ),
 }
-
-
-def as_inputs(images: jax.Array) -> jax.Array:
-  """Return images on the scale from 0 to 1."""
-  return images.astype(jnp.float32) / 255
 
 
 @functools.partial(jax.jit, static_argnames="make")

@@ -216,18 +216,18 @@ def merge_calls(*stats: Any) -> Any:
   """
   if not stats:
     raise ValueError("merge_calls: give the statistics of at least one call.")
-  kinds = (LayerStatistics, NoStatistics)
-  is_leaf = lambda x: isinstance(x, kinds)  # noqa: E731
-  if len(stats) == 1:
-    merge_axis = lambda x: merge_call_axes(x, (0,)) if isinstance(x, LayerStatistics) else x  # noqa: E731
-    return jax.tree.map(merge_axis, stats[0], is_leaf=is_leaf)
+
+  def is_leaf(x: Any) -> bool:
+    return isinstance(x, LayerStatistics | NoStatistics)
+
+  def merge(*calls: Any) -> Any:
+    if len(calls) == 1 and isinstance(calls[0], LayerStatistics):
+      return merge_call_axes(calls[0], (0,))
+    return functools.reduce(merge_two_calls, calls) if is_leaf(calls[0]) else calls[-1]
 
   structures = [jax.tree.structure(tree, is_leaf=is_leaf) for tree in stats]
   if any(structure != structures[0] for structure in structures):
     raise ValueError(f"merge_calls: the calls have statistics of different layers: {structures}.")
-
-  def merge(*calls: Any) -> Any:
-    return functools.reduce(merge_two_calls, calls) if isinstance(calls[0], kinds) else calls[-1]
 
   return jax.tree.map(merge, *stats, is_leaf=is_leaf)
 

@@ -6,7 +6,7 @@ import hypothesis
 import jax
 import pytest
 
-from tests import compiling
+from tests import compiling, problems
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}"
 
@@ -44,3 +44,10 @@ def x64():
   """Run the tests of a module in double precision."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="module")
+def mlp():
+  """The parameters of `problems.MLP`, and the gradients and statistics of a batch."""
+  params, batch = problems.make(problems.MLP(), (8, 5))
+  return params, *problems.grads_and_stats(problems.MLP(), params, batch)

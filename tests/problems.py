@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bnp_optax
 
@@ -73,3 +74,9 @@ def _init(model):
 @functools.cache
 def _grad(model):
   return jax.jit(jax.value_and_grad(loss_fn(model), has_aux=True))
+
+
+def raises(match, fn, *args, **kwargs):
+  """Check that a ValueError is raised while tracing, before anything is computed."""
+  with pytest.raises(ValueError, match=match):
+    jax.eval_shape(lambda: fn(*args, **kwargs))

@@ -15,19 +15,7 @@ import bnp_optax
 from bnp_optax import KernelLayout, _statistics
 from bnp_optax._matching import choose_layer, find_layers, match_state, match_statistics
 from tests import problems
-
-
-@pytest.fixture(scope="module")
-def mlp():
-  params, batch = problems.make(problems.MLP(), (8, 5))
-  grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)
-  return params, grads, stats
-
-
-def raises(match, fn, *args, **kwargs):
-  """Check that a ValueError is raised while tracing, before anything is computed."""
-  with pytest.raises(ValueError, match=match):
-    jax.eval_shape(lambda: fn(*args, **kwargs))
+from tests.problems import raises
 
 
 def params_like(**shapes):

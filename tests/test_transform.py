@@ -10,19 +10,7 @@ import pytest
 
 import bnp_optax
 from tests import problems, reference
-
-
-@pytest.fixture(scope="module")
-def mlp():
-  params, batch = problems.make(problems.MLP(), (8, 5))
-  grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)
-  return params, grads, stats
-
-
-def raises(match, fn, *args, **kwargs):
-  """Check that a ValueError is raised while tracing, before anything is computed."""
-  with pytest.raises(ValueError, match=match):
-    jax.eval_shape(lambda: fn(*args, **kwargs))
+from tests.problems import raises
 
 
 def test_the_second_call_traces_nothing():
