@@ -16,7 +16,7 @@ from bnp_experiments.methods import Method
 from bnp_experiments.training import Setup
 
 SCALES = ("smoke", "laptop", "paper")
-_EPOCHS = {"digits": 15}
+_EPOCHS = {"mnist1d": 5, "digits": 15}
 _EPOCHS_ELSEWHERE = 3
 
 
@@ -132,16 +132,14 @@ class Experiment:
 
   def rate_settings(self, method: Method, batch_size: int) -> dict[str, Any]:
     """Return the settings of the trials that select a learning rate."""
-    return self._settings("rate", batch_size) | {
-      "method": method.name,
+    return self._method_settings("rate", method, batch_size) | {
       "rates": list(self.rates),
       "selection_epochs": self.selection_length,
     }
 
   def epoch_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
     """Return the settings of the runs that are tested after each epoch."""
-    return self._settings("epoch", batch_size) | {
-      "method": method.name,
+    return self._method_settings("epoch", method, batch_size) | {
       "rate": rate,
       "seeds": self.seed_list,
     }
@@ -153,10 +151,16 @@ class Experiment:
 
   def conditioning_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
     """Return the settings of the measured condition numbers."""
-    return self._settings("conditioning", batch_size) | {
-      "method": method.name,
+    return self._method_settings("conditioning", method, batch_size) | {
       "rate": rate,
       "epochs": self.length,
+    }
+
+  def _method_settings(self, kind: str, method: Method, batch_size: int) -> dict[str, Any]:
+    return self._settings(kind, batch_size) | {
+      "method": method.name,
+      # Records of the paper's start have None here.
+      "debias": method.debias or None,
     }
 
   def _settings(self, kind: str, batch_size: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Method:
     optimizer: Function that returns the optimizer for a learning rate, traced or a schedule.
     bnp: "before" for BNP before the optimizer in a chain, "around" for the optimizer inside
       `bnp_optax.bnp`; None for no BNP.
+    debias: Whether BNP removes the bias of the initial running statistics.
     norm: Function that returns a normalization layer; None for no normalization.
     network: Other changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
@@ -75,6 +76,7 @@ class Method:
   weight_decay: float = 0.0
   warmup: Warmup | None = None
   variants: tuple["Method", ...] = ()
+  debias: bool = False
 
   def make_optimizer(
     self, rate: Rate, layers: bnp_optax.Layers
@@ -84,9 +86,9 @@ class Method:
     if self.weight_decay:
       inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
     if self.bnp == "before":
-      return optax.chain(bnp_optax.scale_by_bnp(layers=layers), inner)
+      return optax.chain(bnp_optax.scale_by_bnp(debias=self.debias, layers=layers), inner)
     if self.bnp == "around":
-      return bnp_optax.bnp(inner, layers=layers)
+      return bnp_optax.bnp(inner, debias=self.debias, layers=layers)
     return optax.with_extra_args_support(inner)
 
   def adapt(self, network: nn.Module) -> nn.Module:

@@ -12,12 +12,19 @@ from bnp_experiments.models import CNN, MLP
 
 QUICKSTART = Experiment(
   name="quickstart",
-  title="BNP against BatchNorm, LayerNorm and plain SGD as the batch gets small",
+  title="BNP against BatchNorm, LayerNorm, plain SGD and Adam as the batch gets small",
   network=MLP(),
-  dataset="digits",
+  dataset="mnist1d",
   batch_sizes=(60, 6, 1),
-  methods=(methods.SGD, methods.BATCHNORM, methods.LAYERNORM, methods.BNP),
-  rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+  methods=(
+    methods.SGD,
+    methods.BATCHNORM,
+    methods.LAYERNORM,
+    methods.ADAM,
+    dataclasses.replace(methods.BNP, debias=True),
+    dataclasses.replace(methods.BNP_ADAM, debias=True),
+  ),
+  rates=(*FOUR_DECADES, 3.0),
   epochs=None,
   seeds=3,
   timed=True,
