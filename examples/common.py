@@ -107,13 +107,16 @@ def compare(
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-  """Return a Markdown table: mean (range) of the seeds."""
+  """Return a Markdown table: mean (range) of the seeds, and how many of them diverged."""
   lines = [f"| method | rate | {records[0]['score']} |", "| --- | --: | --: |"]
   for record in records:
     test = np.array(record["test"], float)
     edge = "*" * (record["rate"] in (min(RATES), max(RATES)))
-    spread = f"{test.mean():.3g} ({test.min():.3g}–{test.max():.3g})"
-    lines.append(f"| {record['method']} | {record['rate']:g}{edge} | {spread} |")
+    ran = test[np.isfinite(test)]
+    text = f"{ran.mean():.3g} ({ran.min():.3g}–{ran.max():.3g})" if ran.size else ""
+    if ran.size < test.size:
+      text = f"{text} {test.size - ran.size} of {test.size} diverged".strip()
+    lines.append(f"| {record['method']} | {record['rate']:g}{edge} | {text} |")
   return "\n".join(lines) + "\n"
 
 
@@ -126,8 +129,8 @@ def draw(
     style = {"color": method.colour, "marker": method.marker, "markersize": 4}
     curve = np.array(record["curve"], float)
     place = np.linspace(0, 1, curve.shape[1] + 1)[1:]
-    time.plot(place, curve.mean(axis=0), label=method.label, **style)
-    low, high = curve.min(axis=0), curve.max(axis=0)
+    time.plot(place, np.nanmean(curve, axis=0), label=method.label, **style)
+    low, high = np.nanmin(curve, axis=0), np.nanmax(curve, axis=0)
     time.fill_between(place, low, high, color=method.colour, alpha=0.15, linewidth=0)
     rates.plot(RATES, np.array(list(record["validation"].values()), float), **style)
   time.set(xlabel="part of the training", ylabel=records[0]["score"], title="test, five seeds")
@@ -135,12 +138,10 @@ def draw(
   for axes in (time, rates):
     axes.grid(color="#E6E6E6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    if (
-      max(np.nanmax(record["curve"]) for record in records)
-      > 20 * min(np.nanmin(record["curve"]) for record in records)
-      and min(np.nanmin(record["curve"]) for record in records) > 0
-    ):
-      axes.set_yscale("log")
+  values = np.concatenate([np.ravel(record["curve"]) for record in records]).astype(float)
+  if np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmin(values):
+    time.set_yscale("log")
+    rates.set_yscale("log")
   figure.suptitle(title)
   figure.legend(frameon=False, ncols=len(records), loc="outside lower center")
   figure.savefig(path, dpi=150, facecolor="white")
