@@ -60,7 +60,7 @@ ADAM, BNP_ADAM = common.ADAM.optimizer, common.BNP_ADAM.optimizer
 METHODS = (
   Method("Adam", "#000000", "<", ADAM, None),
   Method("bnp(Adam)", "#D55E00", "h", BNP_ADAM, None),
-  Method("InstanceNorm, Adam", "#44AA99", "v", ADAM, nn.InstanceNorm),
+  Method("InstanceNorm, Adam", "#CC79A7", "v", ADAM, nn.InstanceNorm),
   Method("InstanceNorm, bnp(Adam)", "#DDCC77", "X", BNP_ADAM, nn.InstanceNorm),
   Method("GroupNorm, Adam", "#661100", "d", ADAM, group_norm),
   Method("GroupNorm, bnp(Adam)", "#56B4E9", "p", BNP_ADAM, group_norm),

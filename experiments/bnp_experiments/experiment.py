@@ -43,6 +43,8 @@ class Experiment:
     decays: Epochs after which the learning rate is divided by ten.
     picture: Kind of picture: `curves` against epochs, `rates`, `batch_sizes`, `times`, or
       `conditioning`, for which condition numbers are measured.
+    panels: Names of the methods in each row of the picture of rates or batch sizes; empty for all
+      methods in one row.
     target: Test accuracy for which the picture of batch sizes shows the number of steps.
     place: Place in the paper; empty for experiments beyond the paper.
     paper_rates: The best learning rate that the paper states for each method (Tables 2 and 3).
@@ -67,6 +69,7 @@ class Experiment:
   augment: str | None = None
   decays: tuple[int, ...] = ()
   picture: str = "curves"
+  panels: tuple[tuple[str, ...], ...] = ()
   target: float = 0.0
   place: str = ""
   paper_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -82,6 +85,13 @@ class Experiment:
   def folder(self) -> str:
     """Name of the folder of its results."""
     return f"{self.name}-{self.dataset}-{self.scale}"
+
+  @property
+  def panel_methods(self) -> list[tuple[Method, ...]]:
+    """The methods in each row of the picture."""
+    rows = (tuple(m for m in self.methods if m.name in names) for names in self.panels)
+    rows = [row for row in rows if row]
+    return rows or [self.methods]
 
   @property
   def length(self) -> int:

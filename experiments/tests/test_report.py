@@ -47,7 +47,7 @@ def test_committed_results_are_complete(experiment):
 def test_the_experiment_of_a_folder_is_read_from_its_records(folder):
   found = recorded(folder)
   if found is None:
-    assert folder.name.partition("-")[0] in {"online", "step"}
+    assert folder.name.partition("-")[0] in {"gallery", "online", "step"}
     return
   experiment, command = found
   if folder.name == "quickstart-cifar10":

@@ -52,6 +52,10 @@ OPTIMIZERS = Experiment(
   seeds=3,
   timed=True,
   picture="rates",
+  panels=(
+    ("sgd", "bnp", "momentum", "bnp_chain_momentum", "bnp_momentum"),
+    ("sgd", "adam", "bnp_chain_adam", "bnp_adam"),
+  ),
   scales={"smoke": SMOKE},
 )
 
@@ -77,6 +81,10 @@ BATCH_SIZES_FC = Experiment(
   seeds=5,
   timed=True,
   picture="batch_sizes",
+  panels=(
+    ("sgd", "batchnorm", "layernorm", "bnp", "bnp_adam", "clipped_sgd"),
+    ("bnp", "adam", "adamw", "bnp_adam", "muon"),
+  ),
   target=0.35,
   claims=(
     Claim("BNP reaches at batch size 1 what it does at 60", steady("bnp", 1, 60)),
@@ -130,13 +138,13 @@ _ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW = (
   )
 )
 _ADAM_PLAIN = dataclasses.replace(
-  methods.ADAM, name="adam_plain", label="Adam, no LayerNorm", colour="#777777", marker="s"
+  methods.ADAM, name="adam_plain", label="Adam, no LayerNorm", colour="#882255", marker="s"
 )
 _BNP_ADAM_PLAIN = dataclasses.replace(
   methods.BNP_ADAM,
   name="bnp_adam_plain",
   label="bnp(Adam), no LayerNorm",
-  colour="#0072B2",
+  colour="#DDCC77",
   marker="o",
 )
 
