@@ -91,6 +91,7 @@ class Method:
 
   label: str
   colour: str
+  marker: str
   optimizer: Callable[[Any], optax.GradientTransformation]
   image_norm: Norm | None = None
   norm: Norm | None = None
@@ -112,14 +113,14 @@ def bnp_adam(rate: Any) -> optax.GradientTransformation:
 
 
 METHODS = (
-  Method("SGD", "#999999", optax.sgd),
-  Method("Adam", "#000000", optax.adam),
-  Method("BNP", "#0072B2", bnp_sgd),
-  Method("bnp(Adam)", "#56B4E9", bnp_adam),
-  Method("LayerNorm", "#E69F00", optax.sgd, nn.LayerNorm, nn.LayerNorm),
-  Method("running BatchNorm", "#D55E00", optax.sgd, RunningBatchNorm, RunningBatchNorm),
-  Method("image normalized, SGD", "#CC79A7", optax.sgd, RunningBatchNorm),
-  Method("image normalized, BNP", "#009E73", bnp_sgd, RunningBatchNorm),
+  Method("SGD", "#A6A6A6", "s", optax.sgd),
+  Method("Adam", "#000000", "<", optax.adam),
+  Method("BNP", "#0072B2", "o", bnp_sgd),
+  Method("bnp(Adam)", "#D55E00", "h", bnp_adam),
+  Method("LayerNorm", "#009E73", "D", optax.sgd, nn.LayerNorm, nn.LayerNorm),
+  Method("running BatchNorm", "#E69F00", "^", optax.sgd, RunningBatchNorm, RunningBatchNorm),
+  Method("image normalized, SGD", "#DDCC77", "v", optax.sgd, RunningBatchNorm),
+  Method("image normalized, BNP", "#661100", "p", bnp_sgd, RunningBatchNorm),
 )
 
 
@@ -228,9 +229,10 @@ def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     windows = np.array(result["windows"])
     t = WINDOW * (np.arange(windows.shape[1]) + 0.5)
     low, high = windows.min(axis=0), windows.max(axis=0)
-    stream.plot(t, windows.mean(axis=0), color=method.colour, label=method.label)
+    style = {"color": method.colour, "marker": method.marker, "markersize": 4}
+    stream.plot(t, windows.mean(axis=0), markevery=8, label=method.label, **style)
     stream.fill_between(t, low, high, color=method.colour, alpha=0.15, linewidth=0)
-    rates.plot(RATES, result["rates"].values(), color=method.colour, marker="o", markersize=3)
+    rates.plot(RATES, result["rates"].values(), **style)
   stream.axvline(STREAM // 2, color="#999999", linestyle=":")
   stream.annotate("the lamp goes on", (STREAM // 2, 0.02), (4, 0), textcoords="offset points")
   stream.set(xlabel="examples seen", ylabel=f"prequential accuracy, over {WINDOW} examples")

@@ -38,7 +38,8 @@ _MNIST_FILES = (
 class DataSet(NamedTuple):
   """Images (uint8, NHW or NHWC) and labels (unsigned), in their published order.
 
-  A text has characters (uint8, `[sequences, time]`) and, as labels, the character after each.
+  Signals are float32, `[examples, time]`. A text has characters (uint8, `[sequences, time]`) and,
+  as labels, the character after each.
   """
 
   x_train: Any
@@ -89,6 +90,8 @@ def load(name: str) -> DataSet:
   """
   if name not in NAMES:
     raise UsageError(f"there is no data set {name!r}: choose from {', '.join(NAMES)}")
+  if name == "mnist1d":
+    return _mnist1d()
   if name == "digits":
     return _digits()
   if name == "pydoc":
@@ -127,6 +130,21 @@ def _variant(path: pathlib.Path) -> pathlib.Path:
   """Return the path of the file, or of its uncompressed form if only that one exists."""
   plain = path.with_suffix("")
   return plain if path.suffix == ".gz" and plain.exists() and not path.exists() else path
+
+
+def _mnist1d() -> DataSet:
+  """Return MNIST-1D (Greydanus and Kobak, 2024), which a program makes from a fixed seed.
+
+  It has 4,000 training and 1,000 test signals of length 40.
+  """
+  from mnist1d.data import make_dataset
+
+  state = np.random.get_state()
+  made = make_dataset()
+  np.random.set_state(state)  # The program sets the global seed.
+  x, x_test = (made[name].astype(np.float32) for name in ("x", "x_test"))
+  y, y_test = (made[name].astype(np.uint8) for name in ("y", "y_test"))
+  return DataSet(x, y, x_test, y_test, classes=10)
 
 
 def _digits() -> DataSet:
@@ -259,4 +277,4 @@ SOURCES: dict[str, Source] = {
     sha256={},
   ),
 }
-NAMES = ("digits", *SOURCES, "imagenet", "pydoc")
+NAMES = ("mnist1d", "digits", *SOURCES, "imagenet", "pydoc")

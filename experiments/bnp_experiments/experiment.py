@@ -16,7 +16,7 @@ from bnp_experiments.methods import Method
 from bnp_experiments.training import Setup
 
 SCALES = ("smoke", "laptop", "paper")
-_EPOCHS = {"digits": 15}
+_EPOCHS = {"mnist1d": 5, "digits": 15}
 _EPOCHS_ELSEWHERE = 3
 
 
@@ -43,6 +43,8 @@ class Experiment:
     decays: Epochs after which the learning rate is divided by ten.
     picture: Kind of picture: `curves` against epochs, `rates`, `batch_sizes`, `times`, or
       `conditioning`, for which condition numbers are measured.
+    panels: Names of the methods in each row of the picture of rates or batch sizes; empty for all
+      methods in one row.
     target: Test accuracy for which the picture of batch sizes shows the number of steps.
     place: Place in the paper; empty for experiments beyond the paper.
     paper_rates: The best learning rate that the paper states for each method (Tables 2 and 3).
@@ -67,6 +69,7 @@ class Experiment:
   augment: str | None = None
   decays: tuple[int, ...] = ()
   picture: str = "curves"
+  panels: tuple[tuple[str, ...], ...] = ()
   target: float = 0.0
   place: str = ""
   paper_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -82,6 +85,13 @@ class Experiment:
   def folder(self) -> str:
     """Name of the folder of its results."""
     return f"{self.name}-{self.dataset}-{self.scale}"
+
+  @property
+  def panel_methods(self) -> list[tuple[Method, ...]]:
+    """The methods in each row of the picture."""
+    rows = (tuple(m for m in self.methods if m.name in names) for names in self.panels)
+    rows = [row for row in rows if row]
+    return rows or [self.methods]
 
   @property
   def length(self) -> int:
@@ -132,16 +142,14 @@ class Experiment:
 
   def rate_settings(self, method: Method, batch_size: int) -> dict[str, Any]:
     """Return the settings of the trials that select a learning rate."""
-    return self._settings("rate", batch_size) | {
-      "method": method.name,
+    return self._method_settings("rate", method, batch_size) | {
       "rates": list(self.rates),
       "selection_epochs": self.selection_length,
     }
 
   def epoch_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
     """Return the settings of the runs that are tested after each epoch."""
-    return self._settings("epoch", batch_size) | {
-      "method": method.name,
+    return self._method_settings("epoch", method, batch_size) | {
       "rate": rate,
       "seeds": self.seed_list,
     }
@@ -153,10 +161,16 @@ class Experiment:
 
   def conditioning_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
     """Return the settings of the measured condition numbers."""
-    return self._settings("conditioning", batch_size) | {
-      "method": method.name,
+    return self._method_settings("conditioning", method, batch_size) | {
       "rate": rate,
       "epochs": self.length,
+    }
+
+  def _method_settings(self, kind: str, method: Method, batch_size: int) -> dict[str, Any]:
+    return self._settings(kind, batch_size) | {
+      "method": method.name,
+      # Records of the paper's start have None here.
+      "debias": method.debias or None,
     }
 
   def _settings(self, kind: str, batch_size: int) -> dict[str, Any]:

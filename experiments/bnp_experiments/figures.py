@@ -1,6 +1,6 @@
 """The figures of an experiment, drawn from its outcomes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import pathlib
 
 import matplotlib
@@ -11,29 +11,31 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 import numpy as np
 
 from bnp_experiments.experiment import Experiment
+from bnp_experiments.methods import Method
 from bnp_experiments.outcomes import Outcome
 from bnp_experiments.report import caption, count
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-_INK = "#333333"
+INK = "#333333"
 _CROWDED = 0.9
 _WIDE = 20
 _RATES_SHOWN_AT = (1, 6, 60)
+_ROW_GAP = 0.55
 STYLE = {
   "font.size": 9,
   "axes.edgecolor": "#999999",
-  "axes.labelcolor": _INK,
+  "axes.labelcolor": INK,
   "axes.titlesize": 10,
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.grid": True,
   "grid.color": "#E6E6E6",
   "grid.linewidth": 0.6,
-  "xtick.color": _INK,
-  "ytick.color": _INK,
-  "text.color": _INK,
+  "xtick.color": INK,
+  "ytick.color": INK,
+  "text.color": INK,
 }
 
 
@@ -89,49 +91,57 @@ def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   _scale_accuracy(axes[0, 0], np.array([outcome.test_accuracy.max() for outcome in gathered]))
   _scale_loss(axes[1])
   figure.align_ylabels()
-  _legend(experiment, gathered, axes[0, 0])
-  _footer(
-    axes[1, 0], -0.4, f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
-  )
+  _legend(experiment.methods, gathered, axes[0, 0])
+  text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
+  if axes[0, 0].get_yscale() == "logit":
+    text += " Accuracies near 100 % are stretched (logit axis)."
+  _footer(axes[1, 0], -0.4, text)
   return figure
 
 
 def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   """Draw accuracy, and the steps and seconds to the target accuracy, against batch size."""
-  figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), gridspec_kw={"wspace": 0.3})
-  accuracy, *needed = panels
-  for method in experiment.methods:
-    outcomes = [outcome for outcome in gathered if outcome.method == method]
-    # An unfinished run may not have reached this method.
-    if not outcomes:
-      continue
-    sizes = [outcome.batch_size for outcome in outcomes]
-    final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
-    steps = np.array([o.first_epoch(experiment.target) * o.steps for o in outcomes])
-    seconds = np.array([np.median(o.seconds) if len(o.seconds) else np.nan for o in outcomes])
-    style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.6}
-    accuracy.plot(sizes, final.mean(axis=1), **style)
-    accuracy.fill_between(
-      sizes, final.min(axis=1), final.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
-    )
-    for axes, values in zip(needed, (steps, steps * seconds), strict=True):
-      axes.plot(sizes, values, **style)
-  for axes in panels:
+  rows = experiment.panel_methods
+  figure, panels = plt.subplots(
+    *(len(rows), 3), figsize=(11, 3.6 * len(rows)), squeeze=False, sharey="col", sharex=True
+  )
+  for methods, (accuracy, *needed) in zip(rows, panels, strict=True):
+    for method in methods:
+      outcomes = [outcome for outcome in gathered if outcome.method == method]
+      # An unfinished run may not have reached this method.
+      if not outcomes:
+        continue
+      sizes = [outcome.batch_size for outcome in outcomes]
+      final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
+      steps = np.array([o.first_epoch(experiment.target) * o.steps for o in outcomes])
+      seconds = np.array([np.median(o.seconds) if len(o.seconds) else np.nan for o in outcomes])
+      style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.6}
+      accuracy.plot(sizes, final.mean(axis=1), **style)
+      accuracy.fill_between(
+        sizes, final.min(axis=1), final.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
+      )
+      for axes, values in zip(needed, (steps, steps * seconds), strict=True):
+        axes.plot(sizes, values, **style)
+    _legend(methods, gathered, accuracy)
+  for axes in panels.flat:
     axes.set_xscale("log", base=2)
     axes.set_xticks(experiment.batch_sizes, map(str, experiment.batch_sizes))
+  for axes in panels[-1]:
     axes.set_xlabel("batch size")
-  accuracy.set_ylabel("test accuracy after the last epoch")
-  accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  for axes, unit in zip(needed, ("steps", "seconds"), strict=True):
+  for accuracy, *_ in panels:
+    accuracy.set_ylabel("test accuracy after the last epoch")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  for column, unit in zip(panels.T[1:], ("steps", "seconds"), strict=True):
     # A logarithmic axis needs data, and there is none if no method reached the target.
-    if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
-      axes.set_yscale("log")
-      label_plainly(axes)
-    axes.set_ylabel(f"{unit} to {experiment.target:.0%} test accuracy")
-  _legend(experiment, gathered, accuracy)
+    if any(np.isfinite(line.get_ydata()).any() for axes in column for line in axes.lines):
+      column[0].set_yscale("log")
+      label_plainly(column[0])
+    for axes in column:
+      axes.set_ylabel(f"{unit} to {experiment.target:.0%} test accuracy")
+  figure.subplots_adjust(wspace=0.3, hspace=_ROW_GAP)
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
   _footer(
-    *(accuracy, -0.25),
+    *(panels[-1, 0], -0.25),
     f"{text}\nWhere no steps are shown, it was not reached. Seconds: steps times the median time "
     "of a step, measured by itself.",
   )
@@ -139,31 +149,39 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 
 def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
-  """Draw accuracy against learning rate, with a panel per batch size."""
+  """Draw accuracy against learning rate, with a column per batch size."""
   sizes = [size for size in _RATES_SHOWN_AT if size in experiment.batch_sizes]
   sizes = sizes or list(experiment.batch_sizes[:3])
+  rows = experiment.panel_methods
   figure, panels = plt.subplots(
-    1, len(sizes), figsize=(9, 3.6), squeeze=False, sharey=True, gridspec_kw={"wspace": 0.08}
+    *(len(rows), len(sizes)),
+    figsize=(9, 3.6 * len(rows)),
+    squeeze=False,
+    sharey=True,
+    sharex=True,
+    gridspec_kw={"wspace": 0.08, "hspace": _ROW_GAP},
   )
-  for axes, batch_size in zip(panels[0], sizes, strict=True):
-    axes.set_title(f"batch size {batch_size}", loc="left", weight="bold")
+  for methods, row in zip(rows, panels, strict=True):
+    for axes, batch_size in zip(row, sizes, strict=True):
+      axes.set_title(f"batch size {batch_size}", loc="left", weight="bold")
+      axes.set_xscale("log")
+      for outcome in gathered:
+        if outcome.batch_size == batch_size and outcome.method in methods:
+          axes.plot(
+            *(outcome.rates, outcome.validation_accuracy),
+            color=outcome.method.colour,
+            marker=outcome.method.marker,
+            markersize=4,
+            linewidth=1.6,
+          )
+    row[0].set_ylabel("accuracy on held-out images")
+    row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _legend(methods, gathered, row[0])
+  for axes in panels[-1]:
     axes.set_xlabel("learning rate")
-    axes.set_xscale("log")
-    for outcome in gathered:
-      if outcome.batch_size == batch_size:
-        axes.plot(
-          *(outcome.rates, outcome.validation_accuracy),
-          color=outcome.method.colour,
-          marker=outcome.method.marker,
-          markersize=4,
-          linewidth=1.6,
-        )
-  panels[0, 0].set_ylabel("accuracy on held-out images")
-  panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  _legend(experiment, gathered, panels[0, 0])
   images = "" if experiment.images is None else f" ({experiment.images:,} training images)"
   _footer(
-    *(panels[0, 0], -0.25),
+    *(panels[-1, 0], -0.25),
     f"{experiment.dataset}{images}, {experiment.network.title}, "
     f"{count(experiment.selection_length, 'epoch')}, one seed.",
   )
@@ -184,56 +202,56 @@ def _times(experiment: Experiment, gathered: list[Outcome]) -> Figure:
       *(np.array(places) + (number - (len(experiment.methods) - 1) / 2) * width, epochs[:, 1]),
       width=0.9 * width,
       yerr=np.abs(epochs[:, [0, 2]] - epochs[:, [1]]).T,
-      error_kw={"elinewidth": 1, "ecolor": _INK},
+      error_kw={"elinewidth": 1, "ecolor": INK},
       color=method.colour,
     )
   axes.set_xticks(range(len(experiment.batch_sizes)), map(str, experiment.batch_sizes))
   axes.set_xlabel("batch size")
   axes.set_ylabel("seconds an epoch")
-  _legend(experiment, gathered, axes)
+  _legend(experiment.methods, gathered, axes)
   _footer(axes, -0.25, f"{experiment.dataset}, {experiment.network.title}: median and quartiles.")
   return figure
 
 
 def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   """Draw the paper's three panels: learning curves, and condition numbers of Hessian and D."""
-  figure, (curves, hessian, d) = plt.subplots(1, 3, figsize=(11, 3.4), gridspec_kw={"wspace": 0.6})
-  losses = curves.twinx()
+  figure, panels = plt.subplots(2, 2, figsize=(9, 7), gridspec_kw={"wspace": 0.3, "hspace": 0.35})
+  (accuracy, loss), (hessian, d) = panels
   for outcome in gathered:
-    _line(curves, outcome, outcome.test_accuracy, "-")
-    _line(losses, outcome, outcome.train_loss, "--")
+    _line(accuracy, outcome, outcome.test_accuracy, "-")
+    _line(loss, outcome, outcome.train_loss, "-")
     if not outcome.conditioning:
       continue
     epochs = outcome.conditioning["steps"] / outcome.steps
     colour, label = outcome.method.colour, outcome.method.label
     hessian.plot(
-      *(epochs, _smooth(outcome.conditioning["plain"])), color=colour, label=f"{label}, plain"
+      *(epochs, _smooth(outcome.conditioning["plain"])), color=colour, label=f"{label}: Hessian"
     )
     for epsilons, style in (("paper", "--"), ("none", ":")):
       if f"D, epsilons {epsilons}" in outcome.conditioning:
-        text = f"{label}, preconditioned" if epsilons == "paper" else "the same, no epsilons"
-        values = outcome.conditioning[f"preconditioned, epsilons {epsilons}"]
-        hessian.plot(epochs, _smooth(values), style, color=colour, label=text)
         text = "the paper's epsilons" if epsilons == "paper" else "no epsilons"
-        d.plot(
-          epochs, outcome.conditioning[f"D, epsilons {epsilons}"], style, color=colour, label=text
+        values = outcome.conditioning[f"preconditioned, epsilons {epsilons}"]
+        hessian.plot(
+          epochs, _smooth(values), style, color=colour, label=f"{label}: preconditioned, {text}"
         )
-  curves.set_ylabel("test accuracy (solid)")
-  curves.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-  losses.set_ylabel("training loss (dashed)")
-  losses.grid(visible=False)
-  losses.spines["right"].set_visible(True)
+        d.plot(
+          *(epochs, outcome.conditioning[f"D, epsilons {epsilons}"], style),
+          color=colour,
+          label=f"{label}: D, {text}",
+        )
+  accuracy.set_ylabel("test accuracy")
+  accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+  loss.set_ylabel("training loss")
   hessian.set_ylabel("condition number of the Hessian")
   d.set_ylabel("condition number of D")
   for axes in (hessian, d):
     axes.set_yscale("log")
-    axes.margins(y=0.35)
-    axes.legend(frameon=False, fontsize=7.5, loc="upper left")
-  for axes in (curves, hessian, d):
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.03, -0.17))
+  for axes in panels.flat:
     axes.set_xlabel("epochs")
-  _legend(experiment, gathered, curves)
+  _legend(experiment.methods, gathered, accuracy)
   _footer(
-    *(curves, -0.25),
+    *(hessian, -0.55),
     f"{caption(experiment)}. First unit of the output layer, on the batch of each fifth step; "
     "Hessians as running medians of 15.",
   )
@@ -255,11 +273,11 @@ _PICTURES = {
 }
 
 
-def _legend(experiment: Experiment, gathered: list[Outcome], axes: Axes) -> None:
+def _legend(methods: Sequence[Method], gathered: list[Outcome], axes: Axes) -> None:
   drawn = {outcome.method for outcome in gathered}
   handles = [
     Line2D([], [], color=m.colour, marker=m.marker, markersize=4, linewidth=1.8, label=m.label)
-    for m in experiment.methods
+    for m in methods
     if m in drawn
   ]
   axes.figure.legend(

@@ -1,7 +1,8 @@
 """The methods that the experiments compare: an optimizer, a normalization layer, a colour.
 
-A method has the same colour and marker in every figure. The colours are those of Okabe and Ito and
-of Tol, which are distinct for colour-blind readers.
+A method has the same colour and marker in every figure, notebook and page. The colours are those of
+Okabe and Ito and of Tol. Methods in one panel are distinct for colour-blind readers; a test checks
+this.
 """
 
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Method:
     optimizer: Function that returns the optimizer for a learning rate, traced or a schedule.
     bnp: "before" for BNP before the optimizer in a chain, "around" for the optimizer inside
       `bnp_optax.bnp`; None for no BNP.
+    debias: Whether BNP removes the bias of the initial running statistics.
     norm: Function that returns a normalization layer; None for no normalization.
     network: Other changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
@@ -75,6 +77,7 @@ class Method:
   weight_decay: float = 0.0
   warmup: Warmup | None = None
   variants: tuple["Method", ...] = ()
+  debias: bool = False
 
   def make_optimizer(
     self, rate: Rate, layers: bnp_optax.Layers
@@ -84,9 +87,9 @@ class Method:
     if self.weight_decay:
       inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
     if self.bnp == "before":
-      return optax.chain(bnp_optax.scale_by_bnp(layers=layers), inner)
+      return optax.chain(bnp_optax.scale_by_bnp(debias=self.debias, layers=layers), inner)
     if self.bnp == "around":
-      return bnp_optax.bnp(inner, layers=layers)
+      return bnp_optax.bnp(inner, debias=self.debias, layers=layers)
     return optax.with_extra_args_support(inner)
 
   def adapt(self, network: nn.Module) -> nn.Module:
@@ -121,27 +124,27 @@ def _clipped_sgd(rate: Rate) -> optax.GradientTransformation:
   return optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(rate))
 
 
-SGD = Method("sgd", "SGD", "#777777", "s", optax.sgd)
+SGD = Method("sgd", "SGD", "#A6A6A6", "s", optax.sgd)
 BATCHNORM = Method("batchnorm", "BatchNorm", "#E69F00", "^", optax.sgd, norm=models.batch_norm)
 LAYERNORM = Method("layernorm", "LayerNorm", "#009E73", "D", optax.sgd, norm=models.layer_norm)
 BNP = Method("bnp", "BNP", "#0072B2", "o", optax.sgd, "before")
-MOMENTUM = Method("momentum", "momentum", "#56B4E9", "v", momentum)
+MOMENTUM = Method("momentum", "momentum", "#882255", "v", momentum)
 BNP_CHAIN_MOMENTUM = Method(
-  "bnp_chain_momentum", "BNP, then momentum", "#882255", "P", momentum, "before"
+  "bnp_chain_momentum", "BNP, then momentum", "#56B4E9", "P", momentum, "before"
 )
-BNP_MOMENTUM = Method("bnp_momentum", "bnp(momentum)", "#332288", "X", momentum, "around")
-ADAM = Method("adam", "Adam", "#CC79A7", "<", optax.adam)
-BNP_CHAIN_ADAM = Method("bnp_chain_adam", "BNP, then Adam", "#999933", ">", optax.adam, "before")
+BNP_MOMENTUM = Method("bnp_momentum", "bnp(momentum)", "#DDCC77", "X", momentum, "around")
+ADAM = Method("adam", "Adam", "#000000", "<", optax.adam)
+BNP_CHAIN_ADAM = Method("bnp_chain_adam", "BNP, then Adam", "#661100", ">", optax.adam, "before")
 BNP_ADAM = Method("bnp_adam", "bnp(Adam)", "#D55E00", "h", optax.adam, "around")
 ADAMW = Method("adamw", "AdamW", "#661100", "1", optax.adamw)
-BNP_ADAMW = Method("bnp_adamw", "bnp(AdamW)", "#117733", "d", optax.adamw, "around")
-MUON = Method("muon", "Muon", "#44AA99", "2", optax.contrib.muon)
+BNP_ADAMW = Method("bnp_adamw", "bnp(AdamW)", "#56B4E9", "d", optax.adamw, "around")
+MUON = Method("muon", "Muon", "#CC79A7", "2", optax.contrib.muon)
 BNP_MUON = Method("bnp_muon", "bnp(Muon)", "#AA4499", "p", optax.contrib.muon, "around")
-CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#DDCC77", "*", _clipped_sgd)
+CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#661100", "*", _clipped_sgd)
 BATCHRENORM = Method(
-  "batchrenorm", "Batch Renorm", "#88CCEE", "8", optax.sgd, norm=models.batch_renorm
+  "batchrenorm", "Batch Renorm", "#882255", "8", optax.sgd, norm=models.batch_renorm
 )
-GROUPNORM = Method("groupnorm", "GroupNorm", "#882255", "d", optax.sgd, norm=models.group_norm)
+GROUPNORM = Method("groupnorm", "GroupNorm", "#661100", "d", optax.sgd, norm=models.group_norm)
 BNP_GROUPNORM = Method(
   "bnp_groupnorm", "BNP + GroupNorm", "#332288", "p", optax.sgd, "before", models.group_norm
 )
@@ -150,7 +153,7 @@ ADAM_BATCHNORM = Method(
 )
 # Ghost batches where the batch is large, groups of channels where it is small.
 FOUR_THINGS = Method(
-  *("four_things", "BatchNorm with 4 things", "#332288", "v", _four_things_adam),
+  *("four_things", "BatchNorm with 4 things", "#56B4E9", "v", _four_things_adam),
   norm=functools.partial(_four_things, ghost_size=32),
 )
 FOUR_THINGS_SMALL = dataclasses.replace(

@@ -1,5 +1,6 @@
 """The outcomes of experiments, gathered from their records and formatted as tables."""
 
+import collections
 import pathlib
 
 import numpy as np
@@ -119,7 +120,8 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
     folder: The folder of the results of all experiments.
 
   Returns:
-    The table for the terminal, and the same table in Markdown.
+    The table for the terminal, with the number of each verdict as its title, and the same table in
+    Markdown.
   """
   lines = []
   for experiment in EXPERIMENTS.values():
@@ -129,7 +131,12 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
     for claim in shown.claims:
       judgement = claim.judge(gathered)
       lines.append((name, setting, claim.text, judgement.measured, judgement.verdict))
-  return table(("experiment", "setting", "claim", "measured, % of test images", "verdict"), lines)
+  columns = ("experiment", "setting", "claim", "measured, % of test images", "verdict")
+  shown, markdown = table(columns, lines)
+  counts = collections.Counter(verdict for *_, verdict in lines).most_common()
+  summary = ", ".join(f"{verdict}: {number}" for verdict, number in counts)
+  shown.title, shown.title_justify = f"{count(len(lines), 'claim')}. {summary}", "left"
+  return shown, markdown
 
 
 def rates(folder: pathlib.Path) -> tuple[Table, str]:

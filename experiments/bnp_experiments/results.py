@@ -144,7 +144,7 @@ def read_results(folder: pathlib.Path) -> Results:
   try:
     content = path.read_bytes()
   except OSError as error:
-    raise UsageError(f"no results in {folder}: {error.strerror}") from error
+    raise UsageError(f"no results in {folder} ({error.strerror}): run it first") from error
   return Results(path, io.BytesIO(content), [])
 
 

@@ -8,9 +8,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from bnp_experiments import data, figures, protocol, report
 from bnp_experiments.checkpoints import Checkpoints
-from bnp_experiments.errors import ExperimentError
+from bnp_experiments.errors import ExperimentError, UsageError
 from bnp_experiments.experiment import Experiment
-from bnp_experiments.results import Results, open_results, read_results, writing_to
+from bnp_experiments.results import FILE, Results, open_results, read_results, writing_to
 from bnp_experiments.trainer import Trainer
 
 
@@ -54,14 +54,21 @@ def report_claims(folder: pathlib.Path) -> None:
 
   Args:
     folder: The folder of the results of all experiments.
+
+  Raises:
+    UsageError: There are none.
   """
+  if not list(folder.glob(f"*/{FILE}")):
+    raise UsageError(
+      f"no results in {folder}: run an experiment first, or give the folder that holds the folders "
+      "of the results"
+    )
   console = Console()
   for name, tabulate in (("claims", report.claims), ("rates", report.rates)):
     table, markdown = tabulate(folder)
     console.print(table)
-    if folder.is_dir():
-      with writing_to(folder):
-        (folder / f"{name}.md").write_text(markdown)
+    with writing_to(folder):
+      (folder / f"{name}.md").write_text(markdown)
 
 
 def _show(experiment: Experiment, results: Results, folder: pathlib.Path, console: Console) -> None:

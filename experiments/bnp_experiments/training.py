@@ -79,7 +79,7 @@ class Setup:
 
 
 class Examples(NamedTuple):
-  """Images, uint8, or texts, and their labels."""
+  """Images (uint8), signals (float32) or texts, and their labels."""
 
   images: Any
   labels: Any
@@ -352,7 +352,9 @@ def _strides(steps: int, stride: int) -> list[tuple[int, int]]:
 
 
 def as_inputs(images: Any) -> jax.Array:
-  """Return the inputs of a network: images on the scale from 0 to 1, tokens unchanged."""
+  """Return the inputs of a network: images scaled to 0 to 1, signals and tokens unchanged."""
+  if images.dtype == jnp.float32:
+    return jnp.asarray(images)
   if images.ndim == 2:
     return images.astype(jnp.int32)
   return images.astype(jnp.float32) / 255

@@ -223,6 +223,20 @@ def test_an_altered_download_leaves_nothing_behind(home, small, site):
   assert list((home / name).rglob("*")) == []
 
 
+def test_mnist1d_is_made_the_same_way_every_time():
+  np.random.seed(7)
+  expected = np.random.rand()
+  np.random.seed(7)
+  signals = data.load("mnist1d")
+  assert np.random.rand() == expected
+  assert signals.x_train.shape == (4000, 40)
+  assert signals.x_test.shape == (1000, 40)
+  assert signals.x_train.dtype == np.float32
+  assert abs(signals.x_train.std() - 1) < 0.01
+  assert np.bincount(signals.y_train).tolist() == (500 - np.bincount(signals.y_test)).tolist()
+  np.testing.assert_array_equal(signals.x_train, data.load("mnist1d").x_train)
+
+
 def test_digits_are_split_the_same_way_every_time():
   digits = data.load("digits")
   assert digits.x_train.shape == (1297, 8, 8)
@@ -233,7 +247,7 @@ def test_digits_are_split_the_same_way_every_time():
 
 
 def test_an_unknown_name():
-  with pytest.raises(UsageError, match=r"svhn.*digits, mnist"):
+  with pytest.raises(UsageError, match=r"svhn.*mnist1d, digits, mnist"):
     data.load("svhn")
 
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 
-from bnp_experiments import protocol, session, training
+import bnp_experiments
+from bnp_experiments import data, protocol, session, training
 from bnp_experiments.__main__ import main
 from bnp_experiments.checkpoints import Checkpoints
 from bnp_experiments.results import FILE, open_results
@@ -53,13 +54,18 @@ def _records(folder, kind):
   ("arguments", "message"),
   [
     (["nothing"], "'nothing': choose from quickstart, optimizers"),
-    (["quickstart", "--dataset", "svhn"], "'svhn': choose from digits, mnist"),
+    (["quickstart", "--dataset", "svhn"], "'svhn': choose from mnist1d, digits, mnist"),
     (["quickstart", "--methods", "sgd", "sdg"], "'sdg': choose from sgd, batchnorm"),
     (["quickstart", "--epochs", "0"], "--epochs must be at least 1, found 0"),
     (["quickstart", "--seeds", "-1"], "--seeds must be at least 1, found -1"),
     (["quickstart", "--batch-sizes", "6", "0"], "--batch-sizes must be at least 1, found 0"),
-    (["quickstart", "--batch-sizes", "5000"], "5000 is more than the 1167 images of digits"),
+    (["quickstart", "--batch-sizes", "5000"], "5000 is more than the 3600 images of mnist1d"),
     (["quickstart", "--out", "/dev/null/folder"], "--out /dev/null/folder"),
+    (["quickstart", "--epochs", "abc"], "argument --epochs: invalid int value: 'abc'"),
+    (["quickstart", "--methods"], "argument --methods: expected at least one argument"),
+    (["quickstart", "--nothing"], "unrecognized arguments: --nothing"),
+    (["quickstart", "--scale", "big"], "invalid choice: 'big'"),
+    ([], "the following arguments are required: EXPERIMENT"),
   ],
 )
 def test_bad_values_get_one_line_and_status_2(call, capsys, arguments, message):
@@ -71,17 +77,34 @@ def test_bad_values_get_one_line_and_status_2(call, capsys, arguments, message):
   assert captured.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "three"], ["--nothing"], ["--methods"]])
-def test_what_is_no_value_at_all_is_status_2_too(call, capsys, arguments):
-  assert call("run", "quickstart", *arguments) == 2
-  assert capsys.readouterr().err != ""
-
-
 def test_missing_data_is_one_line(call, capsys, tmp_path, monkeypatch):
   (tmp_path / "file").touch()
   monkeypatch.setenv("BNP_OPTAX_DATA", str(tmp_path / "file"))
   assert call("run", "quickstart", "--dataset", "cifar10") == 1
   assert "data_batch_1.bin is missing" in capsys.readouterr().err
+
+
+def test_version(call, capsys):
+  assert call("--version") == 0
+  assert capsys.readouterr().out == f"bnp-optax {bnp_experiments.__version__}\n"
+
+
+def test_help_names_all_data_sets(call, capsys):
+  assert call("run", "--help") == 0
+  assert ", ".join(data.NAMES) in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_closed_pipe_ends_the_command_without_a_traceback():
+  command = [sys.executable, "-m", "bnp_experiments", "list"]
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run(
+    command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+  )
+  os.close(writer)
+  assert done.returncode == 141
+  assert done.stderr == ""
 
 
 def test_list_names_the_experiments(call, capsys):
@@ -93,7 +116,7 @@ def test_list_names_the_experiments(call, capsys):
 def test_quickstart_from_command_to_picture(call, capsys, tmp_path):
   arguments = ["run", "quickstart", *SMALL, "--epochs", "2"]
   assert call(*arguments) == 0
-  folder = tmp_path / "bnp_optax_results" / "quickstart-digits-laptop"
+  folder = tmp_path / "bnp_optax_results" / "quickstart-mnist1d-laptop"
   output = capsys.readouterr().out
   assert f"picture: {folder.relative_to(tmp_path)}/quickstart.png" in output
   assert "BNP" in output
@@ -105,7 +128,7 @@ def test_quickstart_from_command_to_picture(call, capsys, tmp_path):
   ]
   assert epochs[0]["seeds"] == [1, 2]
   assert len(epochs[0]["test_accuracy"]) == 2
-  assert {epoch["dataset"] for epoch in epochs} == {"digits"}
+  assert {epoch["dataset"] for epoch in epochs} == {"mnist1d"}
   chosen = _records(folder, "rate")
   assert len(chosen[0]["validation_accuracy"]) == len(chosen[0]["rates"])
   (times,) = _records(folder, "step_time")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from bnp_experiments import methods, training
+from bnp_experiments.catalogue import EXPERIMENTS
 from bnp_experiments.evaluation import evaluate
 from bnp_experiments.models import CNN, MLP
 import jax
@@ -195,3 +196,16 @@ def test_augmented_images_are_others_every_epoch_and_the_same_every_time(coloure
   np.testing.assert_array_equal(losses[0], losses[1])
   assert len(np.unique(losses[0])) == 4
   assert len(np.unique(losses[2].round(5))) == 1
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("method", [methods.BNP, methods.BNP_ADAM], ids=lambda method: method.name)
+def test_debias_reaches_bnp_and_the_records(images, method):
+  debiased = dataclasses.replace(method, debias=True)
+  losses = [_train(_setup(m, images), [1], [0.01], images)[1] for m in (method, debiased)]
+  assert not np.allclose(*losses)
+  settings = [
+    EXPERIMENTS["quickstart"].epoch_settings(m, 60, 0.1)["debias"] for m in (method, debiased)
+  ]
+  # Earlier records lack the field, which matches None.
+  assert settings == [None, True]

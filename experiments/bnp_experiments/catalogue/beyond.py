@@ -12,12 +12,19 @@ from bnp_experiments.models import CNN, MLP
 
 QUICKSTART = Experiment(
   name="quickstart",
-  title="BNP against BatchNorm, LayerNorm and plain SGD as the batch gets small",
+  title="BNP against BatchNorm, LayerNorm, plain SGD and Adam as the batch gets small",
   network=MLP(),
-  dataset="digits",
+  dataset="mnist1d",
   batch_sizes=(60, 6, 1),
-  methods=(methods.SGD, methods.BATCHNORM, methods.LAYERNORM, methods.BNP),
-  rates=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+  methods=(
+    methods.SGD,
+    methods.BATCHNORM,
+    methods.LAYERNORM,
+    methods.ADAM,
+    dataclasses.replace(methods.BNP, debias=True),
+    dataclasses.replace(methods.BNP_ADAM, debias=True),
+  ),
+  rates=(*FOUR_DECADES, 3.0),
   epochs=None,
   seeds=3,
   timed=True,
@@ -45,6 +52,10 @@ OPTIMIZERS = Experiment(
   seeds=3,
   timed=True,
   picture="rates",
+  panels=(
+    ("sgd", "bnp", "momentum", "bnp_chain_momentum", "bnp_momentum"),
+    ("sgd", "adam", "bnp_chain_adam", "bnp_adam"),
+  ),
   scales={"smoke": SMOKE},
 )
 
@@ -70,6 +81,10 @@ BATCH_SIZES_FC = Experiment(
   seeds=5,
   timed=True,
   picture="batch_sizes",
+  panels=(
+    ("sgd", "batchnorm", "layernorm", "bnp", "bnp_adam", "clipped_sgd"),
+    ("bnp", "adam", "adamw", "bnp_adam", "muon"),
+  ),
   target=0.35,
   claims=(
     Claim("BNP reaches at batch size 1 what it does at 60", steady("bnp", 1, 60)),
@@ -123,13 +138,13 @@ _ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW = (
   )
 )
 _ADAM_PLAIN = dataclasses.replace(
-  methods.ADAM, name="adam_plain", label="Adam, no LayerNorm", colour="#777777", marker="s"
+  methods.ADAM, name="adam_plain", label="Adam, no LayerNorm", colour="#882255", marker="s"
 )
 _BNP_ADAM_PLAIN = dataclasses.replace(
   methods.BNP_ADAM,
   name="bnp_adam_plain",
   label="bnp(Adam), no LayerNorm",
-  colour="#0072B2",
+  colour="#DDCC77",
   marker="o",
 )
 

@@ -48,7 +48,7 @@ _RESNET_GROUPNORM_SAME = dataclasses.replace(
   _RESNET_GROUPNORM,
   name="groupnorm_same",
   label="GroupNorm, as BNP + GN",
-  colour="#AA4499",
+  colour="#DDCC77",
   marker="v",
   weight_decay=1.5e-4,
   network=(("init_scale", 0.1), ("use_bias", True)),

@@ -41,15 +41,25 @@ def draw(measured: Measured, folder: pathlib.Path) -> pathlib.Path | None:
   if not present:
     return None
   with figures.plt.style.context(figures.STYLE):
+    columns, rows = min(2, len(present)), -(-len(present) // 2)
     figure, panels = figures.plt.subplots(
-      1, len(present), figsize=(3.7 * len(present), 3.6), squeeze=False, gridspec_kw={"wspace": 0.3}
+      *(rows, columns),
+      figsize=(5.2 * columns, 5 * rows),
+      squeeze=False,
+      gridspec_kw={"wspace": 0.3, "hspace": 0.6},
     )
-    for name, axes in zip(present, panels[0], strict=True):
+    for axes in panels.flat[len(present) :]:
+      axes.remove()
+    for name, axes in zip(present, panels.flat, strict=False):
       _PANELS[name](axes, [(cell, record) for cell, record in measured if cell.series == name])
       axes.set_xscale("log", base=2)
       axes.set_xticks(sorted({x for line in axes.lines for x in line.get_xdata()}))
       axes.xaxis.set_major_formatter("{x:g}")
-      axes.legend(frameon=False, fontsize=6.5)
+      if "relative" in axes.get_ylabel():
+        axes.axhline(1, color=figures.INK, linewidth=0.8, zorder=1)
+      axes.legend(
+        frameon=False, fontsize=8, ncols=3, loc="upper left", bbox_to_anchor=(-0.05, -0.15)
+      )
     path = folder / "step-time.png"
     figure.savefig(path, dpi=200, bbox_inches="tight", facecolor="white")
     figures.plt.close(figure)
