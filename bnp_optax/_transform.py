@@ -18,7 +18,7 @@ def scale_by_bnp(
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
   *,
-  debias: bool = False,
+  debias: bool = True,
   lag_guard: ArrayLike | None = None,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -28,18 +28,23 @@ def scale_by_bnp(
   over the batch (Algorithms 2 and 3 of Lange, Helfrich and Ye, 2022):
 
   .. math::
-    \mu &\leftarrow \rho \mu + (1 - \rho) \mu_H, \qquad
-    \sigma^2 \leftarrow \rho \sigma^2 + (1 - \rho) \sigma_H^2 \\
+    W &\leftarrow \rho W + 1, \qquad K = 1 / W, \qquad d = \mu_H - \mu \\
+    \mu &\leftarrow \mu + K d, \qquad
+    \sigma^2 \leftarrow (1 - K) \sigma^2 + K \sigma_H^2 + K (1 - K) d^2 \\
     \tilde\sigma^2 &= \sigma^2 + \epsilon_1 \max(\sigma^2) + \epsilon_2, \qquad
     q^2 = \max(k^2 c / N, \sqrt{rs}) \\
     G_w &\leftarrow \frac{1}{q^2} (G_w - \mu G_b) / \tilde\sigma^2 \\
     G_b &\leftarrow \frac{1}{q^2} G_b - \sum \mu G_w
 
-  where initially :math:`\mu = 0, \sigma^2 = 1`, :math:`k^2 c` is the number of inputs of one
-  output, :math:`N` the number of examples and :math:`rs` the number of output positions (1 for a
-  dense layer on ``[batch, features]``). A layer without bias cannot be centred; there
-  :math:`\mu = 0` and :math:`\sigma_H^2 = E[h^2]`. Parameters that belong to no linear layer pass
-  through unchanged.
+  where initially :math:`W = 0`, :math:`k^2 c` is the number of inputs of one output, :math:`N` the
+  number of examples and :math:`rs` the number of output positions (1 for a dense layer on
+  ``[batch, features]``). A layer without bias cannot be centred; there :math:`\mu = 0` and
+  :math:`\sigma_H^2 = E[h^2]`. Parameters that belong to no linear layer pass through unchanged.
+
+  The first two lines are not those of the paper, which are
+  :math:`\mu \leftarrow \rho \mu + (1 - \rho) \mu_H` and
+  :math:`\sigma^2 \leftarrow \rho \sigma^2 + (1 - \rho) \sigma_H^2` from :math:`\mu = 0` and
+  :math:`\sigma^2 = 1`. ``debias=False`` selects them.
 
   Chain it with `optax.sgd`, with or without momentum. An optimizer that rescales each coordinate,
   such as Adam, breaks the relation between the steps of a weight and of its bias: use
@@ -70,9 +75,9 @@ def scale_by_bnp(
     decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1).
     eps_relative: :math:`\epsilon_1 \geq 0`, relative to the largest variance of the layer's inputs.
     eps_absolute: :math:`\epsilon_2 \geq 0`.
-    debias: Whether to remove the bias of the initial mean 0 and variance 1. The running mean and
-      variance are then exactly those of the rows of all batches so far, where a batch of age
-      :math:`a` has the weight :math:`\rho^a`. Not in the paper.
+    debias: Whether the running mean and variance are exactly those of the rows of all batches so
+      far, where a batch of age :math:`a` has the weight :math:`\rho^a`. If False, they start from
+      mean 0 and variance 1, as in the paper, and are biased towards them for hundreds of steps.
     lag_guard: Constant :math:`c \geq 0`, or None for no guard. With it, the step of each layer with
       a bias is divided by :math:`\max(1, (1 + l^2) / (1 + c n / R))`, where :math:`l^2` is the sum
       of :math:`(\mu_H - \mu)^2 / \tilde\sigma^2` over the :math:`n` inputs of one output, and
@@ -132,7 +137,7 @@ def bnp(
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
   *,
-  debias: bool = False,
+  debias: bool = True,
   lag_guard: ArrayLike | None = None,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -41,7 +41,7 @@ class CNN(nn.Module):
 
 
 def bnp():
-  return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.02))
+  return optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.sgd(0.02))
 
 
 def loss_fn(params, batch, **context):

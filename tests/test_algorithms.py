@@ -72,7 +72,7 @@ def run(problem, dtype, steps=STEPS):
   inputs = lambda: (problem["deviation"] * (offset + rng.normal(size=shape))).astype(dtype)
   params = jax.eval_shape(layer.init, jax.random.key(0), inputs())["params"]
   params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(dtype), params)
-  tx = bnp_optax.scale_by_bnp(decay)
+  tx = bnp_optax.scale_by_bnp(decay, debias=False)
   state = jax.jit(tx.init)(params)
 
   def loss_fn(params, x, target):
@@ -194,7 +194,7 @@ def test_proposition_7():
       return jnp.sum((y - target) ** 2) / N, aux["intermediates"]
 
     params = fold(theta)
-    tx = optax.chain(bnp_optax.scale_by_bnp(0.0, 0.0, 0.0), optax.sgd(rate))
+    tx = optax.chain(bnp_optax.scale_by_bnp(0.0, 0.0, 0.0, debias=False), optax.sgd(rate))
     (folded_loss, stats), grads = jax.jit(jax.value_and_grad(vanilla_loss, has_aux=True))(params)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)
 

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "x64")
 
 MODEL = problems.MLP("float64")
 OPTIMIZERS = {
-  "scale_by_bnp": bnp_optax.scale_by_bnp(),
-  "chain": optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1, momentum=0.9)),
-  "bnp": bnp_optax.bnp(optax.adam(1e-2)),
-  "masked": optax.masked(bnp_optax.scale_by_bnp(), {"first": True, "second": False}),
+  "scale_by_bnp": bnp_optax.scale_by_bnp(debias=False),
+  "chain": optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.sgd(0.1, momentum=0.9)),
+  "bnp": bnp_optax.bnp(optax.adam(1e-2), debias=False),
+  "masked": optax.masked(bnp_optax.scale_by_bnp(debias=False), {"first": True, "second": False}),
   "injected": optax.inject_hyperparams(bnp_optax.scale_by_bnp)(optax.constant_schedule(0.9)),
 }
 
@@ -116,7 +116,7 @@ OTHERS = {
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("other", OTHERS)
 def test_a_checkpoint_of_another_model(other, problem, keep, checkpointer):
-  tx, params = bnp_optax.scale_by_bnp(), problem[0]
+  tx, params = bnp_optax.scale_by_bnp(debias=False), problem[0]
   change, message = OTHERS[other]
   path = keep(tx.init(params))
   with pytest.raises(ValueError, match=message):
@@ -125,15 +125,15 @@ def test_a_checkpoint_of_another_model(other, problem, keep, checkpointer):
 
 
 def test_a_checkpoint_of_another_optimizer(problem, keep, checkpointer):
-  path = keep(bnp_optax.scale_by_bnp().init(problem[0]))
-  tx = bnp_optax.bnp(optax.sgd(0.1))
+  path = keep(bnp_optax.scale_by_bnp(debias=False).init(problem[0]))
+  tx = bnp_optax.bnp(optax.sgd(0.1), debias=False)
   with pytest.raises(ValueError, match="'statistics', 'count'"):
     checkpointer.restore(path, jax.eval_shape(tx.init, problem[0]))
 
 
 def test_a_checkpoint_of_an_older_version(problem, keep, checkpointer):
   """A field of the state is missing, as `nonfinite_count` was in an older version."""
-  tx, params = bnp_optax.scale_by_bnp(), problem[0]
+  tx, params = bnp_optax.scale_by_bnp(debias=False), problem[0]
   older = tx.init(params)._asdict()
   del older["nonfinite_count"]
   with pytest.raises(ValueError, match="nonfinite_count"):

@@ -33,13 +33,13 @@ def first_step(model, params, inputs, decay=0.99):
   """Return the updates of P P^T for gradients that equal the parameters, state and statistics."""
   with bnp_optax.linen.sow_statistics():
     _, aux = model.apply({"params": params}, inputs, mutable=["intermediates"])
-  tx = bnp_optax.scale_by_bnp(decay)
+  tx = bnp_optax.scale_by_bnp(decay, debias=False)
   return *tx.update(params, tx.init(params), stats=aux["intermediates"]), aux["intermediates"]
 
 
 @jax.jit
 def next_step(params, state, stats):
-  return bnp_optax.scale_by_bnp().update(params, state, stats=stats)[1]
+  return bnp_optax.scale_by_bnp(debias=False).update(params, state, stats=stats)[1]
 
 
 diagnose = jax.jit(conditioning.diagnose)
@@ -446,7 +446,7 @@ def test_diagnose_within_the_training_step():
   layer, x = nn.Conv(2, (3,), feature_group_count=2, **F64), normal(4, 6, 4, mean=2.0)
   params = random_params(layer, x)
   layers = bnp_optax.linen.layers(layer, x)
-  tx = bnp_optax.bnp(optax.sgd(0.1), layers=layers)
+  tx = bnp_optax.bnp(optax.sgd(0.1), layers=layers, debias=False)
 
   def step(state, x):
     with bnp_optax.linen.sow_statistics():
@@ -480,7 +480,7 @@ def test_every_layer_of_a_model_that_two_optimizers_share_is_diagnosed():
   for kinds in (("a", "b"), ("b", "a")):
     labels = {first: kinds[0]} | dict.fromkeys(others, kinds[1])
     tx = optax.partition(
-      {"a": bnp_optax.scale_by_bnp(), "b": bnp_optax.bnp(optax.sgd(0.1))},
+      {"a": bnp_optax.scale_by_bnp(debias=False), "b": bnp_optax.bnp(optax.sgd(0.1), debias=False)},
       {name: {"kernel": label, "bias": label} for name, label in labels.items()},
     )
     _, state = tx.update(grads, tx.init(params), params, stats=stats)

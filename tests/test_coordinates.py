@@ -49,8 +49,8 @@ def train(tx, params, batches, model):
 def test_bnp_of_sgd_equals_the_chain(model):
   shape = (8, 5) if isinstance(model, problems.MLP) else (2, 8, 8, 3)
   params, batch = problems.make(model, shape)
-  chain = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(RATE))
-  inside = bnp_optax.bnp(optax.sgd(RATE))
+  chain = optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.sgd(RATE))
+  inside = bnp_optax.bnp(optax.sgd(RATE), debias=False)
   for a, b in zip(*(train(tx, params, [batch] * 5, model) for tx in (chain, inside)), strict=True):
     chex.assert_trees_all_close(a, b, rtol=2e-6, atol=1e-7)
 
@@ -97,7 +97,7 @@ def test_it_is_the_inner_optimizer_on_the_batchnorm_network(name):
       f"layer_{i}": {"kernel": rng.normal(size=(n, m)) / np.sqrt(n), "bias": np.zeros(m)}
       for i, (n, m) in enumerate(((4, 6), (6, 5), (5, 3)))
     }
-    inner, tx = INNER[name], bnp_optax.bnp(INNER[name], decay=1 - 1e-16)
+    inner, tx = INNER[name], bnp_optax.bnp(INNER[name], decay=1 - 1e-16, debias=False)
     params = fold(theta)
     state = tx.init(params)
     # The statistics are set, and a decay of almost 1 keeps them, to the last digit.
@@ -131,7 +131,7 @@ def test_an_inner_optimizer_reads_z():
     params, batch = problems.make(problems.MLP(jnp.float64), (8, 5), jnp.float64)
     grads, stats = problems.grads_and_stats(problems.MLP(jnp.float64), params, batch)
     read = optax.stateless(lambda updates, z: z)
-    tx = bnp_optax.bnp(read)
+    tx = bnp_optax.bnp(read, debias=False)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)
     chex.assert_trees_all_close(updates, params, rtol=1e-12, atol=1e-15)
 
@@ -144,7 +144,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
   inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
   params, batch = problems.make(problems.MLP(), (8, 5))
   grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)
-  tx = bnp_optax.bnp(inner)
+  tx = bnp_optax.bnp(inner, debias=False)
   update = jax.jit(tx.update)
   once, twice = (
     update(grads, tx.init(params), params, stats=stats, factor=factor)[0] for factor in (1.0, 2.0)
@@ -167,7 +167,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
 def test_an_inner_optimizer_that_keeps_parameters_is_refused(inner):
   params, _ = problems.make(problems.MLP(), (8, 5))
   with pytest.raises(ValueError, match=r"keeps a copy of the parameters.*Put BNP inside"):
-    jax.eval_shape(bnp_optax.bnp(inner).init, params)
+    jax.eval_shape(bnp_optax.bnp(inner, debias=False).init, params)
 
 
 def test_a_line_search_goes_after_bnp():
@@ -182,10 +182,10 @@ def test_a_line_search_goes_after_bnp():
 
   search = optax.scale_by_backtracking_linesearch(15)
   arguments = {"stats": stats, "value": value, "grad": grad, "value_fn": value_fn}
-  inside = bnp_optax.bnp(optax.chain(optax.sgd(1.0), search))
+  inside = bnp_optax.bnp(optax.chain(optax.sgd(1.0), search), debias=False)
   with pytest.raises(ValueError, match=r"value_fn= or grad=.*Put the line search after BNP"):
     inside.update(grad, inside.init(params), params, **arguments)
-  after = optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1.0), search)
+  after = optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.scale(-1.0), search)
   updates, _ = after.update(grad, after.init(params), params, **arguments)
   assert value_fn(optax.apply_updates(params, updates)) < value
 
@@ -199,10 +199,10 @@ def test_a_copy_in_moving_coordinates_would_be_wrong():
   def update(state):
     coordinates = []
     recorder = optax.stateless(lambda updates, z: (coordinates.append(z), updates)[1])
-    _, state = bnp_optax.bnp(recorder).update(grads, state, params, stats=stats)
+    _, state = bnp_optax.bnp(recorder, debias=False).update(grads, state, params, stats=stats)
     return coordinates[0], state
 
-  before, state = update(bnp_optax.bnp(optax.identity()).init(params))
+  before, state = update(bnp_optax.bnp(optax.identity(), debias=False).init(params))
   after, _ = update(state)
   moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), before, after)
   assert moved["first"]["bias"] > 1e-3
@@ -210,4 +210,4 @@ def test_a_copy_in_moving_coordinates_would_be_wrong():
 
 def test_hyperparameters_are_checked():
   with pytest.raises(ValueError, match="decay must be in"):
-    bnp_optax.bnp(optax.sgd(RATE), decay=1.0)
+    bnp_optax.bnp(optax.sgd(RATE), decay=1.0, debias=False)

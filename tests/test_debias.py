@@ -204,8 +204,8 @@ def test_a_layer_that_is_added_later_starts_without_bias(problem):
 
 def test_without_debias_the_state_has_no_weights(problem):
   params, grads, stats = problem
-  assert not jax.tree.leaves(bnp_optax.scale_by_bnp().init(params).input_weight)
-  plain, debiased = bnp_optax.scale_by_bnp(), bnp_optax.scale_by_bnp(debias=True)
+  plain, debiased = bnp_optax.scale_by_bnp(debias=False), bnp_optax.scale_by_bnp(debias=True)
+  assert not jax.tree.leaves(plain.init(params).input_weight)
   for made, used in ((plain, debiased), (debiased, plain)):
     with pytest.raises(ValueError, match="another debias="):
       used.update(grads, made.init(params), stats=stats)

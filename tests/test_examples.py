@@ -55,7 +55,7 @@ def step(model, params, x, **kwargs):
     return jnp.mean(y**2), aux["intermediates"]
 
   (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   return jax.jit(tx.update)(grads, tx.init(params), stats=stats)[0]
 
 

@@ -29,7 +29,7 @@ def problem():
   return problems.make(MODEL, (8, 5))
 
 
-TX = bnp_optax.scale_by_bnp()
+TX = bnp_optax.scale_by_bnp(debias=False)
 jitted_update = jax.jit(TX.update)
 
 
@@ -142,7 +142,7 @@ def test_a_batch_of_padding_alone(problem, healthy):
 def test_the_last_smaller_batch(problem):
   """The step is compiled once more, in the first epoch alone."""
   params, (x, y) = problem
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   grad_fn = jax.value_and_grad(problems.loss_fn(MODEL), has_aux=True)
 
   @jax.jit
@@ -191,7 +191,7 @@ def test_a_mean_of_many_deviations(ratio, error):
   params, (x, y) = problems.make(model, (64, 4))
   x = np.float32(ratio) + np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
   grads, stats = problems.grads_and_stats(model, params, (x, y))
-  tx = bnp_optax.scale_by_bnp(0.5)
+  tx = bnp_optax.scale_by_bnp(0.5, debias=False)
   state, step = tx.init(params), jax.jit(tx.update)
   for _ in range(60):
     updates, state = step(grads, state, stats=stats)
@@ -207,7 +207,7 @@ def test_without_memory_the_statistics_are_those_of_the_batch():
   """To the last digit: a small variance after the first one, of 1, keeps its digits."""
   params, (x, y) = problems.make(MODEL, (8, 5))
   _, stats = problems.grads_and_stats(MODEL, params, (1e-3 * x, y))
-  tx = bnp_optax.scale_by_bnp(0.0)
+  tx = bnp_optax.scale_by_bnp(0.0, debias=False)
   _, state = jax.jit(tx.update)(params, tx.init(params), stats=stats)
   for name in params:
     batch_statistics = stats[name]["layer_statistics"]
@@ -221,11 +221,11 @@ def test_no_epsilon_and_no_variance(problem):
   """The paper's formula divides by zero, and so does this; the state stays finite."""
   params, (x, y) = problem
   grads, stats = problems.grads_and_stats(MODEL, params, (x.at[...].set(1.0), y))
-  tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0)
+  tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0, debias=False)
   updates, state = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
   assert not np.isfinite(updates["first"]["kernel"]).all()
   chex.assert_tree_all_finite(state)
-  tx = bnp_optax.scale_by_bnp(0.0, 0.0)
+  tx = bnp_optax.scale_by_bnp(0.0, 0.0, debias=False)
   updates, state = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
   chex.assert_tree_all_finite((updates, state))
 
@@ -271,7 +271,7 @@ def test_half_precision_and_loss_scaling(problem, dtype, error, scale):
 def test_loss_scaling_that_overflows_is_skipped(problem):
   """A step whose scaled gradients overflow float16 is left out by Optax's own guard."""
   params, (x, y) = problem
-  tx = optax.apply_if_finite(bnp_optax.scale_by_bnp(), max_consecutive_errors=5)
+  tx = optax.apply_if_finite(bnp_optax.scale_by_bnp(debias=False), max_consecutive_errors=5)
 
   @jax.jit
   def step(params, state, scale):
@@ -297,7 +297,7 @@ def test_float16_updates_that_overflow():
   params, (x, y) = problems.make(model, (8, 5), "float16")
   grads, stats = problems.grads_and_stats(model, params, (x * np.float16(1e-3), y))
   grads = jax.tree.map(lambda g: jnp.full_like(g, 100), grads)
-  tx = bnp_optax.scale_by_bnp(0.0)
+  tx = bnp_optax.scale_by_bnp(0.0, debias=False)
   update = jax.jit(tx.update)
   updates, state = update(grads, tx.init(params), stats=stats)
   assert np.isinf(updates["kernel"]).any()
@@ -315,7 +315,7 @@ def drift(steps):
     The errors of the mean (in deviations) and of the variance (relative), and those of running
     statistics that are kept in bfloat16 themselves.
   """
-  model, tx, decay = nn.Dense(2, dtype="bfloat16"), bnp_optax.scale_by_bnp(), 0.99
+  model, tx, decay = nn.Dense(2, dtype="bfloat16"), bnp_optax.scale_by_bnp(debias=False), 0.99
   offset, scale = (np.array(x, np.float32)[None] for x in ([0.0, 1.0, 3.0, 10.0], [1, 1, 2, 0.1]))
 
   def body(carry, key):
@@ -366,7 +366,7 @@ def test_running_statistics_after_100_000_bfloat16_steps():
 def test_debug_nans(problem):
   """A healthy step passes jax_debug_nans, and one on NaN is stopped by it."""
   params, (x, y) = problem
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
 
   @jax.jit
   def step(params, state, batch):
@@ -382,7 +382,7 @@ def test_debug_nans(problem):
 def test_donated_buffers(problem):
   """No two leaves of a state share a buffer, so it can be donated."""
   params, batch = problem
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   grads, stats = problems.grads_and_stats(MODEL, params, batch)
   step = jax.jit(lambda state: tx.update(grads, state, stats=stats)[1], donate_argnums=0)
   state = tx.init(params)

@@ -125,15 +125,15 @@ def make(seed, dtype):
   @jax.jit
   def step(params, state, x, y, mask, options):
     grads, stats = jax.grad(loss_fn, has_aux=True)(params, x, y, mask)
-    updates, new_state = bnp_optax.scale_by_bnp(*options, layers=layers).update(
+    updates, new_state = bnp_optax.scale_by_bnp(*options, layers=layers, debias=False).update(
       grads, state, stats=stats
     )
-    sgd = bnp_optax.bnp(optax.sgd(1.0), *options, layers=layers)
+    sgd = bnp_optax.bnp(optax.sgd(1.0), *options, layers=layers, debias=False)
     inner_state = sgd.init(params).inner_state
     same, _ = sgd.update(grads, bnp_optax.BnpState(state, inner_state), params, stats=stats)
     return grads, updates, jax.tree.map(jnp.negative, same), new_state, inputs_of_layers(stats)
 
-  init = bnp_optax.scale_by_bnp(layers=layers).init
+  init = bnp_optax.scale_by_bnp(layers=layers, debias=False).init
   return model.blocks, shapes, jax.jit(init), step
 
 

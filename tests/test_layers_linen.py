@@ -454,7 +454,7 @@ def test_equals_the_paper_on_unrolled_inputs(kind, data):
   rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
   inputs = jax.ShapeDtypeStruct(shape, jnp.float64)
   layers = bnp_optax.linen.layers(model, inputs, exact_windows=exact, strict=True)
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
 
   def loss_fn(params, x):
     with bnp_optax.linen.sow_statistics(exact_windows=exact):
@@ -510,7 +510,7 @@ def test_decoding():
   params, cache = variables["params"], variables["cache"]
   _, inputs = record(model.clone(decode=False), params, x, mask=nn.make_causal_mask(x[..., 0]))
   layers = bnp_optax.linen.layers(model, x, strict=True)
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
   step, state, running = stepper(model, tx, "cache"), tx.init(params), {}
   for t in range(4):
     with jax.numpy_dtype_promotion("standard"):  # The cache's index is an int32.
@@ -543,7 +543,7 @@ def test_spectral_norm():
   params, statistics = variables["params"], variables["batch_stats"]
   layers = bnp_optax.linen.layers(model, x, update_stats=True, strict=True)
   assert layers == bnp_optax.linen.layers(model, x, update_stats=False)
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
   step, state = stepper(model, tx, "batch_stats", update_stats=True), tx.init(params)
   running = {}
   for _ in range(3):

@@ -213,7 +213,7 @@ def test_steps_with_the_sown_statistics_are_those_of_the_paper(model, wrap):
   with jax.enable_x64(True):
     shape = (4, 5) if model is problems.MLP else (2, 6, 6, 3)
     params, batch = problems.make(model("float64"), shape, "float64")
-    tx = bnp_optax.scale_by_bnp(0.9)
+    tx = bnp_optax.scale_by_bnp(0.9, debias=False)
 
     @jax.jit
     def step(params, state):
@@ -234,7 +234,7 @@ def test_share_scope():
   assert set(params) == {"first", "second"}
   stats = sow(Shared(), params, x)
   check(stats["first"]["layer_statistics"], x)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   jax.eval_shape(tx.update, params, tx.init(params), stats=stats)
 
 
@@ -296,7 +296,7 @@ def test_double_precision():
     statistics = sow(model, params, x)["layer_statistics"]
     chex.assert_type(jax.tree.leaves(statistics), jnp.float64)
     check(statistics, x, tolerance=1e-9)
-    state = bnp_optax.scale_by_bnp().init(params)
+    state = bnp_optax.scale_by_bnp(debias=False).init(params)
     assert state.input_mean["kernel"].dtype == jnp.float64
 
 
@@ -356,9 +356,9 @@ def test_a_mask_may_fit_some_layers_and_not_those_that_are_left_out():
   x = uniform(3, 4, 5)
   params = init(Model(), x)
   stats = sow(Model(), params, x, context={"mask": jnp.ones((3, 2), bool)})
-  kept = optax.masked(bnp_optax.scale_by_bnp(), {"fits": True, "other": False})
+  kept = optax.masked(bnp_optax.scale_by_bnp(debias=False), {"fits": True, "other": False})
   kept.update(params, kept.init(params), stats=stats)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   with pytest.raises(ValueError, match="No statistics for other: the mask of shape"):
     tx.update(params, tx.init(params), stats=stats)
 
@@ -414,7 +414,7 @@ def test_complex_inputs():
   model = nn.Dense(2, param_dtype=jnp.complex64)
   x = jnp.ones((3, 4), jnp.complex64)
   stats = sow(model, jax.tree.map(lambda p: p.astype(jnp.complex64), init(nn.Dense(2), x.real)), x)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   real = init(nn.Dense(2), x.real)
   with pytest.raises(ValueError, match="real inputs, found complex64"):
     tx.update(real, tx.init(real), stats=stats)
@@ -532,7 +532,7 @@ def test_an_axis_name_of_no_mapped_axis():
 
 
 def update(model, params, x, layers=None, **context):
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
   stats = sow(model, params, x, context=context)
   return jax.jit(tx.update)(params, tx.init(params), stats=stats)
 
@@ -556,7 +556,7 @@ def test_a_scanned_stack_without_layers_is_never_taken_for_a_convolution(feature
   stats = sow(model, params, x)
   unbiased = {"block": {"kernel": params["block"]["kernel"]}}
   for p, match in ((params, "block: the bias has shape"), (unbiased, "block: .*under nn.scan")):
-    tx = bnp_optax.scale_by_bnp()
+    tx = bnp_optax.scale_by_bnp(debias=False)
     with pytest.raises(ValueError, match=rf"Layer {match}.*layers=bnp_optax.linen.layers\(model"):
       tx.update(p, tx.init(p), stats=stats)
 
@@ -575,7 +575,7 @@ def test_not_mutable():
   params = init(model, x)
   with sow_statistics():
     _, aux = model.apply({"params": params}, x, mutable=["batch_stats"])
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   with pytest.raises(ValueError, match=r'mutable=\["intermediates"\]'):
     tx.update(params, tx.init(params), stats=aux)
 
@@ -587,7 +587,7 @@ def test_context_around_a_function_that_is_traced_already():
   plain = forward(params)
   with sow_statistics():
     check(forward(params)["intermediates"]["first"]["layer_statistics"], x)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   with pytest.raises(ValueError, match="inside the function that is jitted"):
     tx.update(params, tx.init(params), stats=plain)
 
@@ -635,9 +635,9 @@ def test_a_layer_called_with_two_meanings_is_refused():
   stats = sow(Tied(), params, x)
   layers = bnp_optax.linen.layers(Tied(), x)
   assert "NO: it is called with two different meanings" in str(layers)
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
   tx.update(params, tx.init(params), stats=stats)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   with pytest.raises(ValueError, match="No statistics for tied: it is called with two different"):
     tx.update(params, tx.init(params), stats=stats)
 

@@ -138,7 +138,7 @@ def as_in_linen(state):
 
 def update(layers, params, grads, stats):
   """Return the first update."""
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
   return jax.jit(lambda: tx.update(grads, tx.init(params), stats=stats)[0])()
 
 
@@ -336,7 +336,7 @@ def test_outputs_and_gradients_are_the_same():
 
 def test_the_second_call_traces_nothing():
   model, x, traces = MLP(rngs()), uniform(N, 5), []
-  optimizer = nnx.Optimizer(model, bnp_optax.bnp(optax.sgd(0.1, 0.9)), wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, bnp_optax.bnp(optax.sgd(0.1, 0.9), debias=False), wrt=nnx.Param)
 
   @nnx.jit
   def step(model, optimizer, x):
@@ -356,7 +356,7 @@ def test_shared_modules_and_lists():
   first, shared = statistics(stats, "layers", 0), statistics(stats, "layers", 1)
   np.testing.assert_allclose(first.mean, np.mean(x, 0), rtol=1e-6)
   assert (first.rows, first.examples, shared.rows, shared.examples) == (N, N, 2 * N, N)
-  optimizer = nnx.Optimizer(model, bnp_optax.scale_by_bnp(), wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, bnp_optax.scale_by_bnp(debias=False), wrt=nnx.Param)
   grads, stats = grads_and_stats(model, x)
   nnx.jit(lambda model, optimizer: optimizer.update(model, grads, stats=stats))(model, optimizer)
   mean = optimizer.opt_state.input_mean["layers"]
@@ -366,7 +366,7 @@ def test_shared_modules_and_lists():
 def test_functional_style():
   model, x = MLP(rngs()), uniform(N, 5)
   graphdef, params = nnx.split(model)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
 
   @jax.jit
   def step(params, state, x):
@@ -412,7 +412,7 @@ def test_scanned_layers(remat):
   expected = unrolled.step(entries, {"blocks": jax.tree.map(np.asarray, grads)}, {})
   assert unrolled.relative_error(updates, expected) <= 1e-5
   no_bias = {"blocks": {"kernel": params["kernel"]}}
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   with pytest.raises(ValueError, match=r"under nn.scan.*layers="):
     tx.update(no_bias, tx.init(no_bias), stats=stats)
 
@@ -470,7 +470,7 @@ def loss_fn_without(model, x):
 def test_without_context():
   model, x = MLP(rngs()), uniform(N, 5)
   _, stats = nnx.capture(model, Statistics)(x)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   params = nnx.state(model)
   with pytest.raises(ValueError, match="no LayerStatistics"):
     tx.update(params, tx.init(params), stats=stats)
@@ -548,7 +548,11 @@ def test_threads():
 
 
 @pytest.mark.parametrize(
-  "make", [bnp_optax.scale_by_bnp, lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9))]
+  "make",
+  [
+    lambda: optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1)),
+    lambda: bnp_optax.bnp(optax.sgd(0.1, momentum=0.9)),
+  ],
 )
 def test_parameters_with_partitioning_metadata(make):
   kernel = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
@@ -589,7 +593,7 @@ def test_missing_layers_are_named_with_their_kernels():
   model = nnx.LoRA(5, 2, 4, rngs=rngs())
   layers = bnp_optax.nnx.layers(model, uniform(N, 5))
   params = nnx.state(model, nnx.LoRAParam)
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = bnp_optax.scale_by_bnp(layers=layers, debias=False)
   stats = {"layer_statistics": bnp_optax.LayerStatistics(*[jnp.ones(2)] * 5)}
   with pytest.raises(ValueError, match="No statistics for lora_a, lora_b"):
     tx.update(params, tx.init(params), stats=stats)

@@ -34,8 +34,8 @@ optimizers = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 def make(inner, decay=0.99, eps_relative=1e-2, eps_absolute=1e-4):
   """Return `scale_by_bnp` if `inner` is None, else `bnp(inner)`."""
   if inner is None:
-    return bnp_optax.scale_by_bnp(decay, eps_relative, eps_absolute)
-  return bnp_optax.bnp(inner, decay, eps_relative, eps_absolute)
+    return bnp_optax.scale_by_bnp(decay, eps_relative, eps_absolute, debias=False)
+  return bnp_optax.bnp(inner, decay, eps_relative, eps_absolute, debias=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def run(tx, params, batches, model=MODEL):
 
 
 def sgd_on_bnp():
-  return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(RATE))
+  return optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.sgd(RATE))
 
 
 def sgd_on_reference():
@@ -181,7 +181,7 @@ def test_chain_and_named_chain(problem):
   expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch] * 3)
   actual, _ = run(sgd_on_bnp(), params, [batch] * 3)
   close(actual, expected)
-  named = optax.named_chain(("bnp", bnp_optax.scale_by_bnp()), ("sgd", optax.sgd(RATE)))
+  named = optax.named_chain(("bnp", bnp_optax.scale_by_bnp(debias=False)), ("sgd", optax.sgd(RATE)))
   actual, state = run(named, params, [batch] * 3)
   close(actual, expected)
   assert state["bnp"].count == 3
@@ -216,7 +216,8 @@ def test_two_bnp_optimizers_share_one_model(problem):
   """Under partition, each kernel belongs to one of them; both take the same statistics."""
   params, batch, *_ = problem
   both = optax.partition(
-    {"a": sgd_on_bnp(), "b": bnp_optax.bnp(optax.sgd(RATE))}, {"first": "a", "second": "b"}
+    {"a": sgd_on_bnp(), "b": bnp_optax.bnp(optax.sgd(RATE), debias=False)},
+    {"first": "a", "second": "b"},
   )
   actual, _ = run(both, params, [batch] * 3)
   expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch] * 3)
@@ -279,7 +280,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_takes_the_steps_that_it_takes_around_the_reference(name, problem):
   params, batch, *_ = problem
-  tx = WRAPPERS[name](bnp_optax.bnp(optax.sgd(RATE)))
+  tx = WRAPPERS[name](bnp_optax.bnp(optax.sgd(RATE), debias=False))
   actual, state = run(tx, params, [batch] * 3)
   expected, expected_state = reference.train(
     WRAPPERS[name](reference.bnp(optax.sgd(RATE))), MODEL, params, [batch] * 3
@@ -294,7 +295,7 @@ def test_conditionally_mask(problem):
   """All updates but the second are masked out."""
   params, batch, *_ = problem
   tx = optax.conditionally_mask(
-    bnp_optax.bnp(optax.sgd(RATE)), lambda step, **extra_args: step == 1
+    bnp_optax.bnp(optax.sgd(RATE), debias=False), lambda step, **extra_args: step == 1
   )
   actual, _ = run(tx, params, [batch] * 3)
   expected, _ = reference.train(sgd_on_reference(), MODEL, params, [batch])
@@ -304,7 +305,7 @@ def test_conditionally_mask(problem):
 def test_flatten_inside_bnp(problem):
   """Adam takes the same steps on one vector of all coordinates z."""
   params, batch, *_ = problem
-  actual, _ = run(bnp_optax.bnp(optax.flatten(INNER["adam"])), params, [batch] * 3)
+  actual, _ = run(bnp_optax.bnp(optax.flatten(INNER["adam"]), debias=False), params, [batch] * 3)
   expected, _ = reference.train(reference.bnp(INNER["adam"]), MODEL, params, [batch] * 3)
   close(actual, expected)
 
@@ -312,7 +313,7 @@ def test_flatten_inside_bnp(problem):
 def test_flatten_around_bnp_is_refused(problem):
   """The parameters are one vector without a kernel, so that nothing would be preconditioned."""
   params, *_ = problem
-  tx = optax.flatten(bnp_optax.scale_by_bnp())
+  tx = optax.flatten(bnp_optax.scale_by_bnp(debias=False))
   with pytest.raises(ValueError, match="BNP covers no layer"):
     tx.init(params)
 
@@ -333,7 +334,7 @@ def first_update(tx, problem):
 def test_clipping_before_and_after(problem):
   """Before: the raw gradient is clipped. After: the preconditioned one is."""
   grads = problem[2]
-  clip, bnp = optax.clip_by_global_norm(0.1), bnp_optax.scale_by_bnp()
+  clip, bnp = optax.clip_by_global_norm(0.1), bnp_optax.scale_by_bnp(debias=False)
   clipped = lambda tree: jax.tree.map(lambda x: x * 0.1 / optax.tree.norm(tree), tree)
   close(first_update(optax.chain(bnp, clip), problem), clipped(precondition(grads, problem)))
   close(first_update(optax.chain(clip, bnp), problem), precondition(clipped(grads), problem))
@@ -342,11 +343,11 @@ def test_clipping_before_and_after(problem):
 def test_weight_decay_in_each_place(problem):
   """After BNP it decays theta, and in bnp(adamw) too; before BNP, it is preconditioned."""
   params, _, grads, _ = problem
-  bnp, decay = bnp_optax.scale_by_bnp(), optax.add_decayed_weights(0.1)
+  bnp, decay = bnp_optax.scale_by_bnp(debias=False), optax.add_decayed_weights(0.1)
   plus_decay = lambda tree: jax.tree.map(lambda u, p: u + 0.1 * p, tree, params)
   decoupled = plus_decay(precondition(grads, problem))
   close(first_update(optax.chain(bnp, decay), problem), decoupled)
-  close(first_update(bnp_optax.bnp(decay), problem), decoupled)
+  close(first_update(bnp_optax.bnp(decay, debias=False), problem), decoupled)
   coupled = precondition(plus_decay(grads), problem)
   close(first_update(optax.chain(decay, bnp), problem), coupled)
 
@@ -354,7 +355,7 @@ def test_weight_decay_in_each_place(problem):
 def test_tree_get_and_set(problem):
   """By field names, which are not those of Adam."""
   params, batch, *_ = problem
-  tx = bnp_optax.bnp(optax.adam(RATE))
+  tx = bnp_optax.bnp(optax.adam(RATE), debias=False)
   trained, state = run(tx, params, [batch] * 3)
   expected, (running, inner_state) = reference.train(
     reference.bnp(optax.adam(RATE)), MODEL, params, [batch] * 3

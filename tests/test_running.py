@@ -27,7 +27,7 @@ def mlp():
 
 def test_state_has_the_structure_of_the_parameters(mlp):
   params, _, _ = mlp
-  state = bnp_optax.scale_by_bnp().init(params)
+  state = bnp_optax.scale_by_bnp(debias=False).init(params)
   masked = optax.MaskedNode()
   expected = {
     "first": {"kernel": np.zeros(5), "bias": masked},
@@ -67,7 +67,7 @@ def test_state_shapes(model, shape, exact, expected):
   x = jax.ShapeDtypeStruct(shape, jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
   layers = bnp_optax.linen.layers(model, x, exact_windows=exact)
-  state = jax.eval_shape(bnp_optax.scale_by_bnp(layers=layers).init, params)
+  state = jax.eval_shape(bnp_optax.scale_by_bnp(layers=layers, debias=False).init, params)
   for tree in (state.input_mean, state.input_variance):
     assert [leaf.shape for leaf in jax.tree.leaves(tree)] == [expected]
 
@@ -77,7 +77,7 @@ def test_dtypes(kernel):
   with jax.enable_x64(True):
     params, batch = problems.make(problems.MLP(kernel), (8, 5), kernel)
     grads, stats = problems.grads_and_stats(problems.MLP(kernel), params, batch)
-    tx = bnp_optax.scale_by_bnp()
+    tx = bnp_optax.scale_by_bnp(debias=False)
     state = tx.init(params)
     updates, new_state = jax.jit(tx.update)(grads, state, stats=stats)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
@@ -92,7 +92,7 @@ def test_dtypes(kernel):
 def test_batch_of_one_takes_the_variance_about_the_running_mean():
   params, (x, y) = problems.make(problems.MLP(), (1, 5))
   grads, stats = problems.grads_and_stats(problems.MLP(), params, (x, y))
-  tx = bnp_optax.scale_by_bnp(0.9)
+  tx = bnp_optax.scale_by_bnp(0.9, debias=False)
   _, state = tx.update(grads, tx.init(params), stats=stats)
   mean = 0.1 * x[0]
   np.testing.assert_allclose(state.input_mean["first"]["kernel"], mean, rtol=1e-6)
@@ -104,7 +104,7 @@ def test_a_layer_without_bias_uses_the_second_moment():
   model = nn.Dense(2, use_bias=False)
   params, (x, y) = problems.make(model, (8, 5))
   grads, stats = problems.grads_and_stats(model, params, (x, y))
-  tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0)
+  tx = bnp_optax.scale_by_bnp(0.0, 0.0, 0.0, debias=False)
   updates, state = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
   second_moment = np.mean(np.square(x, dtype=np.float64), axis=0)
   np.testing.assert_array_equal(state.input_mean["kernel"], np.zeros(5))
@@ -116,7 +116,7 @@ def test_a_layer_without_bias_uses_the_second_moment():
 def test_dead_features_stay_finite():
   params, (x, y) = problems.make(problems.MLP(), (8, 5))
   x = x.at[:, 1].set(0).at[:, 2].set(3)
-  tx = bnp_optax.scale_by_bnp(0.0)
+  tx = bnp_optax.scale_by_bnp(0.0, debias=False)
   state = tx.init(params)
   for inputs in (x, 0 * x):
     grads, stats = problems.grads_and_stats(problems.MLP(), params, (inputs, y))
@@ -131,7 +131,7 @@ def test_dead_features_stay_finite():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_statistics_that_are_not_finite_never_enter_the_state(bad):
   params, (x, y) = problems.make(problems.MLP(), (8, 5))
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   grads, stats = problems.grads_and_stats(problems.MLP(), params, (x, y))
   _, state = tx.update(grads, tx.init(params), stats=stats)
 
@@ -154,7 +154,7 @@ def test_statistics_that_are_not_finite_never_enter_the_state(bad):
 def test_gradients_that_are_not_finite_are_passed_on(mlp):
   params, grads, stats = mlp
   grads = {**grads, "first": jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads["first"])}
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   updates, state = tx.update(grads, tx.init(params), stats=stats)
   assert np.isnan(updates["first"]["kernel"]).any()
   chex.assert_tree_all_finite((updates["second"], state))
@@ -169,7 +169,7 @@ def test_statistics_and_steps_are_those_of_the_paper():
     model = problems.CNN("float64")
     params, first = problems.make(model, (2, 6, 6, 3), "float64")
     batches = [first, *(problems.make(model, (2, 6, 6, 3), "float64", seed)[1] for seed in (1, 2))]
-    tx = bnp_optax.scale_by_bnp(0.9)
+    tx = bnp_optax.scale_by_bnp(0.9, debias=False)
     actual, state = params, tx.init(params)
     for batch in batches:
       grads, stats = problems.grads_and_stats(model, actual, batch)
@@ -246,7 +246,10 @@ def test_in_bfloat16_bnp_of_identity_rounds_once_more():
   model = nn.Dense(4, dtype="bfloat16", param_dtype="bfloat16")
   params, (x, y) = problems.make(model, (8, 5), "bfloat16")
   grads, stats = problems.grads_and_stats(model, params, (x, y))
-  scale, bnp = bnp_optax.scale_by_bnp(0.5), bnp_optax.bnp(optax.identity(), 0.5)
+  scale, bnp = (
+    bnp_optax.scale_by_bnp(0.5, debias=False),
+    bnp_optax.bnp(optax.identity(), 0.5, debias=False),
+  )
   once, state = scale.update(grads, scale.init(params), stats=stats)
   twice, _ = bnp.update(grads, bnp.init(params), stats=stats)
 

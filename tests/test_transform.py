@@ -15,7 +15,7 @@ from tests.problems import raises
 
 def test_the_second_call_traces_nothing():
   params, (x, y) = problems.make(problems.CNN(), (2, 8, 8, 3))
-  tx = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.01))
+  tx = optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.sgd(0.01))
   grad_fn = jax.value_and_grad(problems.loss_fn(problems.CNN()), has_aux=True)
 
   @jax.jit
@@ -42,7 +42,7 @@ def test_parameters_of_no_linear_layer_pass_through_untouched():
   tokens = jnp.arange(6) % 7
   params = jax.jit(Model().init)(jax.random.key(0), tokens)["params"]
   grads, stats = problems.grads_and_stats(Model(), params, (tokens, jnp.ones((6, 3))))
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   updates, _ = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
   for name in ("embed", "norm", "gain"):
     chex.assert_trees_all_equal(updates[name], grads[name])
@@ -51,7 +51,7 @@ def test_parameters_of_no_linear_layer_pass_through_untouched():
 
 def test_intermediates_sown_by_the_user_are_ignored(mlp):
   params, grads, stats = mlp
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   expected = tx.update(grads, tx.init(params), stats=stats)
   stats = {**stats, "features": (jnp.ones(3),), "first": {**stats["first"], "h": (jnp.ones(2),)}}
   chex.assert_trees_all_equal(tx.update(grads, tx.init(params), stats=stats), expected)
@@ -59,9 +59,11 @@ def test_intermediates_sown_by_the_user_are_ignored(mlp):
 
 def test_hyperparameters_may_be_arrays_and_schedules(mlp):
   params, grads, stats = mlp
-  fixed = bnp_optax.scale_by_bnp(0.9, 0.1, 1e-3)
-  arrays = bnp_optax.scale_by_bnp(*map(jnp.asarray, (0.9, 0.1, 1e-3)))
-  schedules = optax.inject_hyperparams(bnp_optax.scale_by_bnp)(lambda count: 0.9, 0.1, 1e-3)
+  fixed = bnp_optax.scale_by_bnp(0.9, 0.1, 1e-3, debias=False)
+  arrays = bnp_optax.scale_by_bnp(*map(jnp.asarray, (0.9, 0.1, 1e-3)), debias=False)
+  schedules = optax.inject_hyperparams(bnp_optax.scale_by_bnp)(
+    lambda count: 0.9, 0.1, 1e-3, debias=False
+  )
   _, batch = problems.make(problems.MLP(), (8, 5))
   _, calls = reference.gradients(problems.MLP(), params, batch)
   paper = reference.bnp(rho=0.9, eps_1=0.1, eps_2=1e-3)

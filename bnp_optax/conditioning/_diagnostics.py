@@ -133,16 +133,17 @@ def diagnose(
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
     >>> from bnp_optax import conditioning
-    >>> model = nn.Dense(3)
-    >>> x = jax.random.normal(jax.random.key(0), (64, 5)) + 10.0
+    >>> model, tx = nn.Dense(3), bnp_optax.scale_by_bnp()
+    >>> x = jax.random.normal(jax.random.key(0), (64, 5))
     >>> params = model.init(jax.random.key(1), x)["params"]
-    >>> with bnp_optax.linen.sow_statistics():
-    ...   _, aux = model.apply({"params": params}, x, mutable=["intermediates"])
-    >>> tx = bnp_optax.scale_by_bnp()
-    >>> updates, state = tx.update(params, tx.init(params), stats=aux["intermediates"])
+    >>> state = tx.init(params)
+    >>> for x in [x] * 9 + [x + 10.0]:
+    ...   with bnp_optax.linen.sow_statistics():
+    ...     _, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+    ...   updates, state = tx.update(params, state, stats=aux["intermediates"])
     >>> diagnostics = conditioning.diagnose(params, state, aux["intermediates"])
     >>> diagnostics.notes()
-    ['the running mean is 9.8 deviations behind']
+    ['the running mean is 2.8 deviations behind']
 
   Args:
     params: The parameters, or their shapes.

@@ -4,6 +4,8 @@ They go beyond the paper. Normalization comes before attention, before the dense
 and before the output layer, as in current transformers.
 """
 
+from collections.abc import Callable
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ class ViT(nn.Module):
     heads: Number of attention heads.
     classes: Number of outputs.
     norm: Function that returns a normalization layer; None for a network without normalization.
+    convolve: Function that computes the convolution; None for `jax.lax.conv_general_dilated`.
   """
 
   patch: int = 4
@@ -31,12 +34,16 @@ class ViT(nn.Module):
   heads: int = 4
   classes: int = 10
   norm: Norm | None = None
+  convolve: Callable[..., jax.Array] | None = None
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
     """Map images `[batch, height, width]` or `[..., channels]` to logits `[batch, classes]`."""
     size = (self.patch, self.patch)
-    tokens = nn.Conv(self.width, size, strides=size, padding="VALID")(with_channels(images))
+    embed = nn.Conv(
+      self.width, size, strides=size, padding="VALID", conv_general_dilated=self.convolve
+    )
+    tokens = embed(with_channels(images))
     hidden = _add_positions(self, tokens.reshape(len(tokens), -1, self.width))
     for _ in range(self.blocks):
       hidden = Block(self.heads, self.norm)(hidden, train=train)

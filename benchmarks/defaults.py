@@ -1,0 +1,530 @@
+"""Compare settings of BNP over networks, batch sizes and optimizers, to select the defaults.
+
+Each cell is a network, a batch size and an optimizer. The networks are FC 100-100-100 and
+CNN 32-64-32 of the paper, a vision transformer and a language model, the last two with and without
+LayerNorm. In each cell every setting trains with seven learning rates and three seeds. The accuracy
+of a setting in a cell is the mean over the seeds at its best rate, on held-out examples.
+
+The settings of BNP are the paper's start of the running statistics; `debias`; `debias` with
+`lag_guard=2`; and `debias` with a bound on the step in z, `optax.adaptive_grad_clip(0.03)`. The
+optimizer alone is measured as well.
+
+The rule for the defaults, written before the runs: the default is the one of the first three
+settings with the highest mean over all cells, unless it is below the paper's start in some cell by
+more than the range over the seeds of the paper's start there. A bound on the step is a part of the
+inner optimizer and cannot be a default.
+
+The images are 18,000 of CIFAR-10 to train on and 2,000 held out; the text is Python's language
+reference, of which the last tenth is held out. A learning rate is constant. `run` does not use the
+test images. `test` trains FC and CNN with SGD and Adam from five other seeds, alone and with BNP's
+defaults, with the learning rates that `run` selected, and computes the accuracy on the test images
+of CIFAR-10.
+
+Commands: `python benchmarks/defaults.py pack examples.npz` on a machine with CIFAR-10; on the
+accelerator `python benchmarks/defaults.py run benchmarks/records/defaults.jsonl --examples
+examples.npz --workers 12`; then `test` in place of `run`, and `python benchmarks/defaults.py report
+benchmarks/records/defaults.jsonl`. `run` and `test` continue where they stopped. Needs
+`bnp_experiments`.
+Quoted by: docs/optimizers.md, "The start of the running statistics".
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SEEDS = (1, 2, 3)
+TEST_SEEDS = (4, 5, 6, 7, 8)
+TESTED = list(itertools.product(("fc", "cnn"), (60, 1, 512), ("sgd", "adam"), ("alone", "debias")))
+BATCH_SIZES = (60, 1, 512, 6, 128, 16, 2)
+# Number of steps of FC and CNN, and of the transformers.
+STEPS = {1: (1000, 600), 2: (1000, 600), 6: (1000, 600), 16: (600, 600)}
+STEPS |= {60: (400, 400), 128: (200, 200), 512: (100, 100)}
+NETWORKS = {
+  "fc": "FC",
+  "cnn": "CNN",
+  "vit": "ViT",
+  "vit-plain": "ViT without LayerNorm",
+  "lm": "LM",
+  "lm-plain": "LM without LayerNorm",
+}
+RATES = {
+  "sgd": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+  "momentum": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+  "adam": (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
+  "muon": (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+}
+OPTIMIZER_NAMES = {"sgd": "SGD", "momentum": "momentum", "adam": "Adam", "muon": "Muon"}
+# Settings that train as lanes of one program, as pairs of lag_guard and the bound on the step. An
+# infinite constant turns either off.
+CORRECTED = {
+  "debias": (math.inf, math.inf),
+  "debias, lag_guard=2": (2.0, math.inf),
+  "debias, bounded step": (math.inf, 0.03),
+}
+PROGRAMS = {
+  "corrected": CORRECTED,
+  "paper": {"paper": (math.inf, math.inf)},
+  "alone": {"alone": (math.inf, math.inf)},
+}
+# Bounds the memory: the lanes of convolutional networks and transformers train in parts.
+EXAMPLES_AT_ONCE = 2_000
+_EVALUATED_AT_ONCE = 50
+
+
+class Cell(NamedTuple):
+  """One program: the settings of one name in `PROGRAMS`, for all rates and seeds."""
+
+  program: str
+  batch_size: int
+  network: str
+  optimizer: str
+
+
+class Lane(NamedTuple):
+  """One training run: a learning rate, a setting and a seed."""
+
+  rate: Any
+  guard: Any
+  bound: Any
+  seed: Any
+
+
+def cells() -> Iterator[Cell]:
+  """List the cells, those that decide first."""
+  for programs in (("corrected", "paper"), ("alone",)):
+    for batch_size, optimizer, network in itertools.product(BATCH_SIZES, RATES, NETWORKS):
+      for program in programs:
+        yield Cell(program, batch_size, network, optimizer)
+
+
+def pack(path: pathlib.Path) -> None:
+  """Write the examples to one file, small enough to travel."""
+  from bnp_experiments import data
+
+  images, text = data.load("cifar10"), data.load("pydoc")
+  chosen = np.random.default_rng(0).permutation(len(images.y_train))[:20_000]
+  x = images.x_train[chosen]
+  # Differences of neighbours compress better; they wrap around and lose nothing.
+  x[:, :, 1:] -= x[:, :, :-1].copy()
+  np.savez_compressed(path, x=x, y=images.y_train[chosen], text_x=text.x_train, text_y=text.y_train)
+
+
+@functools.cache
+def examples(path: pathlib.Path, network: str) -> tuple[Any, Any, Any, Any]:
+  """Return the training and the held-out examples of a network, on the device."""
+  import jax
+
+  with np.load(path) as file:
+    if network.startswith("lm"):
+      x, y = file["text_x"], file["text_y"]
+    else:
+      x, y = np.cumsum(file["x"], axis=2, dtype=np.uint8), file["y"]
+  last = len(x) // 10
+  return jax.device_put((x[:-last], y[:-last], x[-last:], y[-last:]))
+
+
+@functools.cache
+def model_and_parameters(path: pathlib.Path, network: str) -> tuple[Any, Any]:
+  """Return a network and its initial parameters for each seed."""
+  from bnp_experiments import models, transformers
+  from bnp_experiments.training import as_inputs
+  import flax.linen as nn
+  import jax
+
+  convolve = None if jax.default_backend() == "cpu" else models.convolve_by_product
+  norm = None if network.endswith("plain") else lambda train: nn.LayerNorm()
+  model = {
+    "fc": models.MLP(),
+    "cnn": models.CNN(convolve=convolve),
+    "vit": transformers.ViT(norm=norm, convolve=convolve),
+    "lm": transformers.LanguageModel(norm=norm),
+  }[network.removesuffix("-plain")]
+  x = as_inputs(examples(path, network)[0][:1])
+  init = jax.jit(lambda seed: model.init(jax.random.key(seed), x, train=False)["params"])
+  parameters = [init(seed) for seed in SEEDS]
+  return model, jax.tree.map(lambda *leaves: np.stack(leaves), *parameters)
+
+
+def make_optimizer(cell: Cell, lane: Lane, layers: Any) -> Any:
+  """Return the optimizer of a lane."""
+  import optax
+
+  import bnp_optax
+
+  inner = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+    "muon": optax.contrib.muon,
+  }[cell.optimizer](lane.rate)
+  if cell.program == "alone":
+    return optax.with_extra_args_support(inner)
+  if cell.program == "defaults":
+    return bnp_optax.bnp(inner, layers=layers)
+  if cell.program == "paper":
+    return bnp_optax.bnp(inner, debias=False, lag_guard=None, layers=layers)
+  inner = optax.chain(inner, optax.adaptive_grad_clip(lane.bound))
+  return bnp_optax.bnp(inner, debias=True, lag_guard=lane.guard, layers=layers)
+
+
+def take_step(model: Any, tx: Any, carry: Any, x: Any, y: Any) -> Any:
+  """Take one step from parameters and optimizer state."""
+  from bnp_experiments.training import as_inputs
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  import bnp_optax
+
+  params, state = carry
+
+  def loss_fn(params: Any) -> tuple[Any, Any]:
+    with bnp_optax.linen.sow_statistics(example_axes=y.ndim):
+      logits, aux = model.apply(
+        {"params": params}, as_inputs(x), train=True, mutable=["intermediates"]
+      )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y.astype(jnp.int32))
+    return losses.mean(), aux["intermediates"]
+
+  grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+  updates, state = tx.update(grads, state, params, stats=stats)
+  return optax.apply_updates(params, updates), state
+
+
+def make_run(cell: Cell, model: Any, layers: Any) -> Callable[..., Any]:
+  """Return a function that trains one lane and computes its accuracy on the held-out examples."""
+  from bnp_experiments.training import as_inputs
+  import jax
+  import jax.numpy as jnp
+
+  def run(lane: Lane, parameters: Any, orders: Any, data: tuple[Any, Any, Any, Any]) -> Any:
+    params = jax.tree.map(lambda x: x[lane.seed], parameters)
+    tx = make_optimizer(cell, lane, layers)
+
+    def step(carry: Any, indices: Any) -> tuple[Any, None]:
+      return take_step(model, tx, carry, data[0][indices], data[1][indices]), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), orders[lane.seed])
+
+    def count_right(batch: tuple[Any, Any]) -> Any:
+      logits = model.apply({"params": params}, as_inputs(batch[0]), train=False)
+      right = jnp.argmax(logits, axis=-1) == batch[1]
+      return jnp.mean(right & jnp.all(jnp.isfinite(logits), axis=-1))
+
+    count = len(data[2]) // _EVALUATED_AT_ONCE
+    batches = jax.tree.map(
+      lambda x: x[: count * _EVALUATED_AT_ONCE].reshape(count, _EVALUATED_AT_ONCE, *x.shape[1:]),
+      data[2:],
+    )
+    return jnp.mean(jax.lax.map(count_right, batches))
+
+  return run
+
+
+def measure(path: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
+  """Train all lanes of a cell; return one record for each of its settings."""
+  from bnp_experiments.training import as_inputs
+  import jax
+  import jax.numpy as jnp
+
+  import bnp_optax
+
+  start = time.perf_counter()
+  data = examples(path, cell.network)
+  model, parameters = model_and_parameters(path, cell.network)
+  layers = bnp_optax.linen.layers(model, as_inputs(data[0][:1]), train=False, strict=True)
+  steps = STEPS[cell.batch_size][cell.network[:2] in ("vi", "lm")]
+  orders = np.stack([_order(seed, len(data[0]), steps * cell.batch_size) for seed in SEEDS])
+  orders = orders.reshape(len(SEEDS), steps, cell.batch_size)
+  settings = PROGRAMS[cell.program]
+  lanes = [
+    Lane(rate, guard, bound, seed)
+    for guard, bound in settings.values()
+    for rate in RATES[cell.optimizer]
+    for seed in range(len(SEEDS))
+  ]
+  stacked = Lane(*(np.asarray(x) for x in zip(*lanes, strict=True)))
+  stacked = stacked._replace(
+    **{name: np.float32(getattr(stacked, name)) for name in ("rate", "guard", "bound")}
+  )
+  at_once = len(lanes)
+  while cell.network != "fc" and at_once > 3 and at_once * cell.batch_size > EXAMPLES_AT_ONCE:
+    at_once = max(part for part in range(1, at_once) if len(lanes) % part == 0)
+  run = make_run(cell, model, layers)
+
+  @jax.jit
+  def run_all(lanes: Lane, parameters: Any, orders: Any, data: Any) -> Any:
+    parts = jax.tree.map(lambda x: x.reshape(-1, at_once), lanes)
+    return jax.lax.map(
+      lambda part: jax.vmap(lambda lane: run(lane, parameters, orders, data))(part), parts
+    )
+
+  arguments = (*jax.tree.map(jnp.asarray, (stacked, parameters, orders)), data)
+  compiled = run_all.lower(*arguments).compile()
+  ready = time.perf_counter()
+  accuracy = np.asarray(compiled(*arguments), np.float64)
+  done = time.perf_counter()
+  shape = len(settings), len(RATES[cell.optimizer]), len(SEEDS)
+  return [
+    {
+      "network": cell.network,
+      "batch_size": cell.batch_size,
+      "optimizer": cell.optimizer,
+      "setting": setting,
+      "steps": steps,
+      "rates": RATES[cell.optimizer],
+      "accuracy": np.round(found, 5).tolist(),
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "compile_seconds": round(ready - start, 2),
+      "run_seconds": round(done - ready, 2),
+    }
+    for setting, found in zip(settings, accuracy.reshape(shape), strict=True)
+  ]
+
+
+def _order(seed: int, count: int, length: int) -> np.ndarray:
+  """Return the examples of a run in order: whole permutations, one after the other."""
+  generator = np.random.default_rng(seed)
+  epochs = [generator.permutation(count) for _ in range(math.ceil(length / count))]
+  return np.concatenate(epochs)[:length].astype(np.int32)
+
+
+def _measure_in_worker(
+  path: pathlib.Path, deadline: float, cell: Cell
+) -> tuple[Cell, list[dict[str, Any]]]:
+  if time.time() > deadline:
+    return cell, []
+  try:
+    return cell, measure(path, cell)
+  except Exception as error:  # One cell that fails must not end the others.
+    return cell, [{"failed": f"{type(error).__name__}: {error}"[:500]}]
+
+
+def run(
+  records: pathlib.Path, path: pathlib.Path, workers: int, budget: float, only: list[str]
+) -> None:
+  """Run the cells that have no record yet, and append their records."""
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  done = {(*_names(r), r["setting"]) for r in read(records)}
+  left = [
+    cell
+    for words in only or [""]
+    for cell in cells()
+    if all(word in map(str, cell) for word in words.split(",") if word)
+    and any((*_key(cell), setting) not in done for setting in PROGRAMS[cell.program])
+  ]
+  left = list(dict.fromkeys(left))
+  start = time.time()
+  measure_cell = functools.partial(_measure_in_worker, path, start + budget)
+  context = multiprocessing.get_context("spawn")
+  with context.Pool(workers) as pool, records.open("a") as file:
+    for number, (cell, found) in enumerate(pool.imap_unordered(measure_cell, left), start=1):
+      failed = [record["failed"] for record in found if "failed" in record]
+      for record in found if not failed else []:
+        file.write(json.dumps(record) + "\n")
+      file.flush()
+      note = failed[0] if failed else "" if found else "no time left"
+      times = "" if failed or not found else _times(found[0])
+      print(
+        f"{time.time() - start:6.0f} s  {number}/{len(left)}  {' '.join(map(str, cell))}  "
+        f"{times}{note}",
+        flush=True,
+      )
+
+
+def _key(cell: Cell) -> tuple[str, int, str]:
+  return cell.network, cell.batch_size, cell.optimizer
+
+
+def _names(record: dict[str, Any]) -> tuple[str, int, str]:
+  return record["network"], record["batch_size"], record["optimizer"]
+
+
+def _times(record: dict[str, Any]) -> str:
+  return f"compile {record['compile_seconds']} s, run {record['run_seconds']} s"
+
+
+def test(records: pathlib.Path, path: pathlib.Path) -> None:
+  """Test BNP's defaults and the optimizers alone, and append the records."""
+  done = read(records)
+  tested = {(*_names(r), r["setting"]) for r in done if "test_accuracy" in r}
+  for network, batch_size, optimizer, setting in TESTED:
+    if (network, batch_size, optimizer, setting) in tested:
+      continue
+    selected = [
+      r
+      for r in done
+      if (*_names(r), r["setting"]) == (network, batch_size, optimizer, setting) and "accuracy" in r
+    ]
+    best = int(np.argmax(np.mean(selected[0]["accuracy"], axis=1)))
+    rate = selected[0]["rates"][best]
+    program = "alone" if setting == "alone" else "defaults"
+    found = _test(path, Cell(program, batch_size, network, optimizer), rate)
+    record = {
+      "network": network,
+      "batch_size": batch_size,
+      "optimizer": optimizer,
+      "setting": setting,
+      "rate": rate,
+      "test_accuracy": found,
+    }
+    with records.open("a") as file:
+      file.write(json.dumps(record) + "\n")
+    print(json.dumps(record), flush=True)
+
+
+def _test(path: pathlib.Path, cell: Cell, rate: float) -> list[float]:
+  """Train from each of `TEST_SEEDS`, and return the accuracy on the test images."""
+  from bnp_experiments import data
+  from bnp_experiments.training import as_inputs
+  import jax
+
+  import bnp_optax
+
+  dataset, (x, y, *_) = data.load("cifar10"), map(np.asarray, examples(path, cell.network))
+  model, _ = model_and_parameters(path, cell.network)
+  layers = bnp_optax.linen.layers(model, as_inputs(x[:1]), train=False, strict=True)
+  tx = make_optimizer(cell, Lane(rate, math.inf, math.inf, 0), layers)
+  step = jax.jit(functools.partial(take_step, model, tx), donate_argnums=0)
+  classify = jax.jit(lambda p, x: model.apply({"params": p}, as_inputs(x), train=False).argmax(-1))
+  steps, accuracies = STEPS[cell.batch_size][0], []
+  for seed in TEST_SEEDS:
+    params = model.init(jax.random.key(seed), as_inputs(x[:1]), train=False)["params"]
+    carry = params, tx.init(params)
+    for indices in _order(seed, len(x), steps * cell.batch_size).reshape(steps, -1):
+      carry = step(carry, x[indices], y[indices])
+    parts = np.split(dataset.x_test, 20)
+    predicted = np.concatenate([classify(carry[0], part) for part in parts])
+    accuracies.append(round(float(np.mean(predicted == dataset.y_test)), 5))
+  return accuracies
+
+
+def read(records: pathlib.Path) -> list[dict[str, Any]]:
+  """Read the records; none if there is no file."""
+  if not records.exists():
+    return []
+  return [json.loads(line) for line in records.read_text().splitlines() if line]
+
+
+Best = dict[tuple[str, str, int], dict[str, np.ndarray]]
+NAMES = ("alone", "paper", *CORRECTED)
+
+
+def best_rates(records: pathlib.Path) -> Best:
+  """Return the accuracy in % of each setting in each cell at its best rate, `[seeds]`."""
+  best: Best = {}
+  for record in read(records):
+    if "accuracy" in record:
+      accuracy = 100 * np.array(record["accuracy"])
+      key = record["network"], record["optimizer"], record["batch_size"]
+      best.setdefault(key, {})[record["setting"]] = accuracy[accuracy.mean(axis=1).argmax()]
+  order = list(itertools.product(NETWORKS, RATES, sorted(BATCH_SIZES)))
+  return {key: best[key] for key in order if key in best}
+
+
+def report(records: pathlib.Path) -> None:
+  """Print the tables of the page, and apply the rule."""
+  best = best_rates(records)
+  print("| network, optimizer, batch size | " + " | ".join(NAMES) + " |")
+  print("| --- |" + " --: |" * len(NAMES))
+  for key, found in best.items():
+    row = [f"{found[name].mean():.1f}" if name in found else "" for name in NAMES]
+    print(f"| {_label(*key)} | {' | '.join(row)} |")
+
+  complete = [key for key, found in best.items() if all(name in found for name in NAMES[1:])]
+  print("\n| network | cells | " + " | ".join(NAMES[1:]) + " |")
+  print("| --- | --: |" + " --: |" * len(NAMES[1:]))
+  for network in (*NETWORKS, "all"):
+    keys = [key for key in complete if network in (key[0], "all")]
+    means = [f"{np.mean([best[key][n].mean() for key in keys]):.1f}" for n in NAMES[1:]]
+    print(f"| {' | '.join([NETWORKS.get(network, network), str(len(keys)), *means])} |")
+
+  def mean(name: str) -> float:
+    return float(np.mean([best[key][name].mean() for key in complete]))
+
+  winner = max(("paper", "debias", "debias, lag_guard=2"), key=mean)
+  print(f"\nHighest: {winner}. Cells where it is below the paper's start by more than the range:")
+  for key in complete:
+    loss = best[key]["paper"].mean() - best[key][winner].mean()
+    if loss > np.ptp(best[key]["paper"]):
+      print(f"  {key}: {loss:.1f} points, range {np.ptp(best[key]['paper']):.1f}")
+
+  print("\n| network, optimizer, batch size | alone | BNP |\n| --- | --: | --: |")
+  for (network, batch_size, optimizer), records_of_cell in itertools.groupby(
+    (r for r in read(records) if "test_accuracy" in r), key=_names
+  ):
+    cells = {r["setting"]: 100 * np.array(r["test_accuracy"]) for r in records_of_cell}
+    row = [f"{x.mean():.1f} ({x.min():.1f}–{x.max():.1f})" for x in cells.values()]
+    print(f"| {_label(network, optimizer, batch_size)} | {' | '.join(row)} |")
+
+
+def _label(network: str, optimizer: str, batch_size: int) -> str:
+  return f"{NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]}, {batch_size}"
+
+
+def figure(records: pathlib.Path) -> None:
+  """Draw the accuracy of FC and CNN against the batch size beside the records."""
+  import matplotlib.pyplot as plt
+
+  best = best_rates(records)
+  styles = {
+    "alone": ("#A6A6A6", "s", "optimizer alone"),
+    "paper": ("#56B4E9", "v", "BNP, the paper's start"),
+    "debias": ("#0072B2", "o", "BNP"),
+    "debias, bounded step": ("#D55E00", "D", "BNP, bounded step"),
+  }
+  shown = ("fc", "cnn")
+  fig, axes = plt.subplots(
+    len(shown), len(RATES), figsize=(11, 5.2), sharex=True, sharey=True, layout="constrained"
+  )
+  for axis, (network, optimizer) in zip(axes.flat, itertools.product(shown, RATES), strict=True):
+    for setting, (colour, marker, label) in styles.items():
+      points = [
+        (batch_size, found[setting].mean())
+        for (n, o, batch_size), found in best.items()
+        if (n, o) == (network, optimizer) and setting in found
+      ]
+      if points:
+        axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=label)
+    axis.set_title(f"{NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]}", fontsize=10)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 6, 60, 512], ["1", "6", "60", "512"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+  fig.supxlabel("batch size")
+  fig.supylabel("accuracy on held-out images (%)")
+  fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+  fig.savefig(records.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+  """Read the command line."""
+  parser = argparse.ArgumentParser(description="Compare settings of BNP.")
+  parser.add_argument("command", choices=("pack", "run", "test", "report", "figure"))
+  parser.add_argument("file", type=pathlib.Path, help="the examples to pack, or the records")
+  parser.add_argument("--examples", type=pathlib.Path, help="the file that pack wrote")
+  parser.add_argument("--workers", type=int, default=1, help="number of processes")
+  parser.add_argument("--budget", type=float, default=math.inf, help="seconds to start cells in")
+  parser.add_argument("--only", nargs="*", default=[], help="such as fc,sgd,60 fc,adam")
+  options = parser.parse_args()
+  if options.command == "run":
+    run(options.file, options.examples, options.workers, options.budget, options.only)
+  elif options.command == "test":
+    test(options.file, options.examples)
+  else:
+    {"pack": pack, "report": report, "figure": figure}[options.command](options.file)
+
+
+if __name__ == "__main__":
+  main()
