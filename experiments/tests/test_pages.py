@@ -1,5 +1,6 @@
 """Tests of the pages that quote records: each table holds the numbers of the committed results."""
 
+import json
 import pathlib
 import re
 
@@ -7,7 +8,7 @@ from bnp_experiments import report
 from bnp_experiments.catalogue import EXPERIMENTS
 from bnp_experiments.methods import SGD
 from bnp_experiments.outcomes import find
-from bnp_experiments.results import read_results
+from bnp_experiments.results import FILE, read_results
 from bnp_experiments.step_time.cells import cells
 import numpy as np
 import pytest
@@ -95,6 +96,17 @@ def test_the_readme_has_the_quickstart():
 def test_the_gallery_has_the_tables_of_the_examples(path):
   assert path.read_text() in (ROOT / "docs" / "gallery.md").read_text()
   assert f"{path.parent.name}/{path.stem}.png" in (ROOT / "docs" / "gallery.md").read_text()
+
+
+@pytest.mark.parametrize(
+  ("title", "name"), [("federated averaging", "federated"), ("padded graph network", "graph")]
+)
+def test_the_gallery_counts_the_seeds_that_are_better(title, name):
+  path = RESULTS / f"gallery-{name}" / FILE
+  records = {r["method"]: r["test"] for r in map(json.loads, path.read_text().splitlines())}
+  ours, theirs = records["bnp(Adam)"], records["Adam"]
+  assert min(ours) > max(theirs) if name == "federated" else max(ours) < min(theirs)
+  assert f"| {title} | better, every seed |" in page("docs/gallery.md")
 
 
 def test_the_findings_count_the_verdicts():
