@@ -32,6 +32,8 @@ def test_is_well_formed_at_every_scale(name):
     for panel in scaled.panel_methods:
       assert len({method.colour for method in panel}) == len(panel)
       assert len({method.marker for method in panel}) == len(panel)
+    for claim in scaled.claims:
+      assert claim.judge([]).verdict == "not run"
 
 
 @pytest.mark.data
