@@ -22,18 +22,21 @@ class FullyConnected(nn.Module):
   Attributes:
     hidden: The widths of the hidden layers.
     batch_norm: Whether BatchNorm follows each ReLU.
+    dtype: Dtype of the activations.
   """
 
   hidden: tuple[int, ...]
   batch_norm: bool = False
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, h: jax.Array) -> jax.Array:
     """Return the logits of a batch."""
     for width in self.hidden:
-      h = nn.relu(nn.Dense(width)(h))
-      h = nn.BatchNorm(use_running_average=False)(h) if self.batch_norm else h
-    return nn.Dense(10)(h)
+      h = nn.relu(nn.Dense(width, dtype=self.dtype)(h))
+      if self.batch_norm:
+        h = nn.BatchNorm(use_running_average=False, dtype=self.dtype)(h)
+    return nn.Dense(10, dtype=self.dtype)(h).astype(jnp.float32)
 
 
 def cross_entropy(model: nn.Module, variables: Any, x: Any, y: Any) -> tuple[jax.Array, Any]:

@@ -3,14 +3,19 @@
 import pathlib
 import re
 import runpy
+from unittest import mock
 
+import chex
+import jax
 import pytest
 
+from bnp_optax import _preconditioner
 from tests.test_docs import broken
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "benchmarks" / "README.md"
-SCRIPTS = sorted({*ROOT.glob("benchmarks/*.py")} - {ROOT / "benchmarks" / "common.py"})
+MODULES = {ROOT / "benchmarks" / name for name in ("cells.py", "common.py")}
+SCRIPTS = sorted({*ROOT.glob("benchmarks/*.py")} - MODULES)
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 COMMAND = re.compile(r"python benchmarks/(\w+)\.py")
 
@@ -38,3 +43,15 @@ def test_the_table_lists_every_script_with_the_page_that_quotes_it():
 
 def test_links_resolve():
   assert not list(broken(README))
+
+
+def test_other_forms_of_step_5_give_the_same_step(monkeypatch):
+  monkeypatch.syspath_prepend(README.parent)
+  forms = runpy.run_path(str(README.parent / "cells.py"))["FORMS"]
+  draw = lambda i, *shape: jax.random.uniform(jax.random.key(i), shape) + 0.5
+  p = _preconditioner.Preconditioner(draw(0, 2, 1, 5), draw(1, 2, 1, 5), draw(2, 2, 1, 1))
+  gradient = draw(3, 2, 3, 5, 4), draw(4, 2, 4)
+  expected = _preconditioner.precondition(p, *gradient)
+  for _, replaced in forms.values():
+    with mock.patch.multiple(_preconditioner, **replaced):
+      chex.assert_trees_all_close(_preconditioner.precondition(p, *gradient), expected, rtol=2e-5)
