@@ -1,14 +1,42 @@
 """The HTML documentation: `sphinx-build -W docs build/docs`, with the extra `docs` installed."""
 
+import pathlib
+import tomllib
+
 import bnp_optax
+
+_PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+_REPOSITORY = tomllib.loads(_PYPROJECT.read_text())["project"]["urls"]["Repository"]
 
 project = "bnp_optax"
 author = "the bnp_optax authors"
+project_copyright = f"{author}, under the Apache License 2.0"
 release = version = bnp_optax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = [
+  "myst_parser",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.autosummary",
+  "sphinx.ext.napoleon",
+  "sphinx_copybutton",
+  "sphinx-mathjax-offline",
+]
 html_theme = "furo"
 html_title = f"bnp_optax {release}"
+html_theme_options = {
+  "source_repository": _REPOSITORY,
+  "source_branch": "main",
+  "source_directory": "docs/",
+  "footer_icons": [
+    {"name": "Repository", "url": _REPOSITORY, "html": "Repository", "class": ""},
+  ],
+}
+html_static_path = ["static"]
+html_css_files = ["wide_tables.css"]
+# Copy the input of examples, without prompts and without output.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+python_use_unqualified_type_names = True
 
 myst_enable_extensions = ["colon_fence"]
 # Links to a section, as GitHub names them.

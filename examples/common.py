@@ -50,12 +50,8 @@ def _bnp_adam(rate: Any) -> optax.GradientTransformationExtraArgs:
   return bnp_optax.bnp(optax.adam(rate), debias=True)
 
 
-def _plain(optimizer: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any], Any]:
-  return lambda rate: optax.with_extra_args_support(optimizer(rate))
-
-
-SGD = Method("SGD", "#A6A6A6", "s", _plain(optax.sgd))
-ADAM = Method("Adam", "#000000", "<", _plain(optax.adam))
+SGD = Method("SGD", "#A6A6A6", "s", lambda r: optax.with_extra_args_support(optax.sgd(r)))
+ADAM = Method("Adam", "#000000", "<", lambda r: optax.with_extra_args_support(optax.adam(r)))
 BNP = Method("BNP", "#0072B2", "o", _bnp)
 BNP_ADAM = Method("bnp(Adam)", "#D55E00", "h", _bnp_adam)
 METHODS = (SGD, ADAM, BNP, BNP_ADAM)
@@ -124,7 +120,7 @@ def draw(
   records: Sequence[dict[str, Any]], title: str, methods: Sequence[Any], path: pathlib.Path
 ) -> None:
   """Plot the score over time (mean and range of the seeds) and against the learning rate."""
-  figure, (time, rates) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+  figure, (time, rates) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
   for method, record in zip(methods, records, strict=True):
     style = {"color": method.colour, "marker": method.marker, "markersize": 4}
     curve = np.array(record["curve"], float)
@@ -139,9 +135,12 @@ def draw(
     axes.grid(color="#E6E6E6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
   values = np.concatenate([np.ravel(record["curve"]) for record in records]).astype(float)
-  if np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmin(values):
-    time.set_yscale("log")
-    rates.set_yscale("log")
+  low, high = np.nanmin(values), np.nanmax(values)
+  # Trials that diverged are beyond the axis.
+  if low > 0 and high > 20 * low:
+    time.set(yscale="log", ylim=(low / 1.3, 1.3 * high))
+  else:
+    time.set_ylim(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low)
   figure.suptitle(title)
   figure.legend(frameon=False, ncols=len(records), loc="outside lower center")
   figure.savefig(path, dpi=150, facecolor="white")

@@ -63,6 +63,13 @@ def lab(colour, vision):
   return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_every_method_is_in_a_panel(experiment):
+  names = {name for panel in experiment.panels for name in panel}
+  assert not experiment.panels or names == {method.name for method in experiment.methods}
+  assert {m for panel in experiment.panel_methods for m in panel} == set(experiment.methods)
+
+
 @pytest.mark.parametrize("vision", VISIONS)
 @pytest.mark.parametrize("panel", sorted(PANELS), ids=lambda panel: ",".join(m[0] for m in panel))
 def test_methods_of_a_panel_differ(panel, vision):

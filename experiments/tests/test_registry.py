@@ -28,9 +28,10 @@ def test_is_well_formed_at_every_scale(name):
     assert scaled.scale == scale
     scaled.check()
     assert len(scaled.claims) == len(experiment.claims)
-    # Both the colours and the markers of the methods in one figure are distinct.
-    assert len({method.colour for method in scaled.methods}) == len(scaled.methods)
-    assert len({method.marker for method in scaled.methods}) == len(scaled.methods)
+    # Both the colours and the markers of the methods in one panel are distinct.
+    for panel in scaled.panel_methods:
+      assert len({method.colour for method in panel}) == len(panel)
+      assert len({method.marker for method in panel}) == len(panel)
     for claim in scaled.claims:
       assert claim.judge([]).verdict == "not run"
 

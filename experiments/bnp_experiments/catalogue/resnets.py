@@ -128,6 +128,7 @@ FIG6_LEFT = dataclasses.replace(
     "smoke": SMOKE | {"network": resnet.ResNet(depth=8), "rates": (0.1,)},
     # At this scale 400 steps are many epochs, so every method warms up over one epoch.
     "laptop": {
+      "title": "ResNet-8 on CIFAR-10, batch size 128",
       "network": resnet.ResNet(depth=8),
       "methods": tuple(
         dataclasses.replace(method, warmup=methods.Warmup(epochs=1))

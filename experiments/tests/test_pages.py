@@ -1,0 +1,134 @@
+"""Tests of the pages that quote records: each table holds the numbers of the committed results."""
+
+import json
+import pathlib
+import re
+
+from bnp_experiments import report
+from bnp_experiments.catalogue import EXPERIMENTS
+from bnp_experiments.methods import SGD
+from bnp_experiments.outcomes import find
+from bnp_experiments.results import FILE, read_results
+from bnp_experiments.step_time.cells import cells
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "notebooks" / "results"
+COMPARED = ("sgd", "batchnorm", "layernorm", "adam", "muon", "bnp", "bnp_adam")
+
+
+def outcomes(name):
+  experiment = EXPERIMENTS[name].at("laptop")
+  return experiment, report.outcomes(experiment, read_results(RESULTS / experiment.folder))
+
+
+def page(name):
+  return (ROOT / name).read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+  "name", ["quickstart", "batch-sizes-fc", "batch-sizes-cnn", "vit", "language-model"]
+)
+def test_the_tuning_guide_has_the_chosen_rates(name):
+  experiment, gathered = outcomes(name)
+  sizes = experiment.batch_sizes
+  cells = [f"`{name}`", ", ".join(map(str, sizes))]
+  for method in ("bnp", "bnp_adam"):
+    found = [find(gathered, method, size) for size in sizes]
+    cells.append(", ".join(f"{o.rate:g}" for o in found if o) or "not run")
+  assert any(line.endswith(f"| {' | '.join(cells)} |") for line in page("docs/tuning.md")), cells
+
+
+def test_the_tuning_guide_counts_where_adam_is_ahead():
+  ahead = []
+  for name in ("batch-sizes-fc", "batch-sizes-cnn"):
+    experiment, gathered = outcomes(name)
+    for size in experiment.batch_sizes:
+      adam, sgd = (find(gathered, method, size).final.mean() for method in ("bnp_adam", "bnp"))
+      ahead.append(adam > sgd)
+  assert f"in {sum(ahead)} of {len(ahead)} pairs" in " ".join(page("docs/tuning.md"))
+
+
+@pytest.mark.parametrize("name", ["batch-sizes-fc", "batch-sizes-cnn"])
+def test_the_comparison_has_the_accuracies(name):
+  _, gathered = outcomes(name)
+  for method in COMPARED:
+    found = [find(gathered, method, size) for size in (1, 6, 60, 512)]
+    label = f"**{found[0].method.label}**" if "bnp" in method else found[0].method.label
+    cells = (f"{100 * o.final.mean():.1f} at {o.rate:g}" for o in found)
+    line = f"| {label} | {' | '.join(cells)} |"
+    assert line in page("docs/comparison.md"), line
+
+
+def test_the_comparison_has_the_times_of_a_step():
+  results = read_results(RESULTS / "step-time-laptop")
+  for cell in cells("laptop"):
+    if cell.network.title == "FC 100-100" and cell.batch_size in (1, 60, 512):
+      times = results.find(**cell.settings)[-1]["relative_to_sgd"]
+      for method in cell.methods:
+        if method.name in ("batchnorm", "layernorm", "groupnorm", "adam", "bnp", "bnp_adam"):
+          column = {1: 1, 60: 2, 512: 3}[cell.batch_size]
+          (line,) = (
+            line.split("|")
+            for line in page("docs/comparison.md")
+            if line.startswith((f"| {method.label} | ", f"| **{method.label}** | "))
+            and "x |" in line
+          )
+          assert line[column + 1].strip() == f"{np.median(times[method.name]):.2f}x"
+      assert np.median(times[SGD.name]) == 1
+
+
+def test_the_readme_has_the_quickstart():
+  experiment, gathered = outcomes("quickstart")
+  for method in experiment.methods:
+    found = [find(gathered, method.name, size) for size in experiment.batch_sizes]
+    texts = [f"{100 * o.final.mean():.1f}" for o in found]
+    if method.bnp:
+      label, texts = f"**{method.label}**", [f"**{text}**" for text in texts]
+    else:
+      label = method.label
+    line = f"| {label} | {' | '.join(texts)} |"
+    assert line in page("README.md"), line
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("gallery-*/*.md")), ids=lambda path: path.stem)
+def test_the_gallery_has_the_tables_of_the_examples(path):
+  assert path.read_text() in (ROOT / "docs" / "gallery.md").read_text()
+  assert f"{path.parent.name}/{path.stem}.png" in (ROOT / "docs" / "gallery.md").read_text()
+
+
+@pytest.mark.parametrize(
+  ("title", "name"), [("federated averaging", "federated"), ("padded graph network", "graph")]
+)
+def test_the_gallery_counts_the_seeds_that_are_better(title, name):
+  path = RESULTS / f"gallery-{name}" / FILE
+  records = {r["method"]: r["test"] for r in map(json.loads, path.read_text().splitlines())}
+  ours, theirs = records["bnp(Adam)"], records["Adam"]
+  assert min(ours) > max(theirs) if name == "federated" else max(ours) < min(theirs)
+  assert f"| {title} | better, every seed |" in page("docs/gallery.md")
+
+
+def test_the_findings_count_the_verdicts():
+  table, _ = report.claims(RESULTS)
+  count, *numbers = (
+    re.search(pattern, table.title)[1]
+    for pattern in (
+      r"(\d+) claims",
+      r"holds: (\d+)",
+      r"not hold: (\d+)",
+      r"spread: (\d+)",
+      r"run: (\d+)",
+    )
+  )
+  text = " ".join(" ".join(page("docs/experiments.md")).split())
+  holds, fails, within, missing = numbers
+  assert f"Of the {count} claims" in text
+  assert f"{holds} hold, {fails} do not hold, {within} are within the spread" in text
+  assert f"and {missing} were not run" in text
+
+
+def test_the_lead_at_the_start_of_figure_3():
+  _, gathered = outcomes("fig3-left")
+  ahead = find(gathered, "bnp", 60).early.mean() - find(gathered, "batchnorm", 60).early.mean()
+  assert f"BNP is ahead by {100 * ahead:.2f} points" in " ".join(page("docs/experiments.md"))
