@@ -170,7 +170,16 @@ def _sum(v: jax.Array, w: jax.Array) -> jax.Array:
   """Compute ``sum v w`` over window and features."""
   stack = len(w)
   v, matrix = _column(v, w).reshape(stack, -1), w.reshape(stack, -1, w.shape[-1])
+  # On a CPU a product is several times as fast. A TPU fuses a reduction with what computes w.
+  return jax.lax.platform_dependent(v, matrix, cpu=_product, default=_reduction)
+
+
+def _product(v: jax.Array, matrix: jax.Array) -> jax.Array:
   return jnp.einsum("sk,sko->so", v, matrix, precision=jax.lax.Precision.HIGHEST)
+
+
+def _reduction(v: jax.Array, matrix: jax.Array) -> jax.Array:
+  return jnp.sum(v[..., None] * matrix, axis=1)
 
 
 def _towards(old: jax.Array, new: jax.Array, part: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """P, its transpose and its inverse against explicit matrices, on random canonical layers."""
 
+import chex
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -46,6 +47,21 @@ def explicit(layer, entry):
   return oracle.explicit_matrices(layer["mu"][entry, 0], layer["sigma2"][entry, 0], window, q2)
 
 
+ARGUMENTS = (
+  _preconditioner.Preconditioner(
+    np.linspace(0.5, 2, 10, dtype=np.float32).reshape(2, 1, 5),
+    np.linspace(1, 3, 10, dtype=np.float32).reshape(2, 1, 5),
+    np.ones((2, 1, 1), np.float32),
+  ),
+  np.linspace(-1, 2, 120, dtype=np.float32).reshape(2, 3, 5, 4),
+  np.ones((2, 4), np.float32),
+)
+
+
+def export_precondition(platforms):
+  return jax.export.export(jax.jit(_preconditioner.precondition), platforms=platforms)(*ARGUMENTS)
+
+
 def columns(w, b, entry):
   """Return [b, w] of one stack entry, a column for each output as in eq. (15)."""
   return np.vstack([b[entry][None], w[entry].reshape(-1, w.shape[-1])])
@@ -71,6 +87,40 @@ def test_equals_the_explicit_matrix(function, matrix, layer):
     # inv() itself loses digits as the condition number of P; the others do not.
     bound = 1e-13 * (np.linalg.cond(P) if matrix is np.linalg.inv else 10)
     assert np.all(error <= bound * scale.max())
+
+
+@pytest.mark.parametrize("form", [_preconditioner._product, _preconditioner._reduction])
+def test_the_sum_of_step_5_has_one_value_in_both_forms(form):
+  rng = np.random.default_rng(0)
+  v, matrix = rng.normal(size=(3, 7)), rng.normal(size=(3, 7, 4))
+  actual = jax.jit(form)(jnp.asarray(v), jnp.asarray(matrix))
+  np.testing.assert_allclose(actual, (v[..., None] * matrix).sum(1), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("tpu", 0), ("cuda", 0)])
+def test_a_program_holds_the_form_of_its_platform_alone(platform, products):
+  program = export_precondition([platform]).mlir_module()
+  assert program.count("stablehlo.dot_general") == products
+
+
+def test_a_program_for_several_platforms_chooses_when_it_runs():
+  exported = export_precondition(["cpu", "tpu", "cuda"])
+  np.testing.assert_allclose(
+    exported.call(*ARGUMENTS)[1], _preconditioner.precondition(*ARGUMENTS)[1], rtol=1e-6
+  )
+
+
+def test_maps_over_examples_and_devices():
+  expected = _preconditioner.precondition(*ARGUMENTS)
+  twice = jax.tree.map(lambda x: jnp.stack([x, x]), ARGUMENTS)
+  mapped = jax.jit(jax.vmap(_preconditioner.precondition))(*twice)
+  mesh = jax.make_mesh((2,), ("stack",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+  spec = jax.sharding.PartitionSpec("stack")
+  sharded = jax.jit(
+    jax.shard_map(_preconditioner.precondition, mesh=mesh, in_specs=spec, out_specs=spec)
+  )(*ARGUMENTS)
+  chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], mapped), expected, rtol=1e-6)
+  chex.assert_trees_all_close(sharded, expected, rtol=1e-6)
 
 
 @given(layer=canonical_layers())
