@@ -142,8 +142,8 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       f"No statistics for {', '.join(map(str, missing))}. There are statistics for "
       f"{_names(map(_layer_path, found))}. If these layers did not run, or are not Dense or Conv, "
       "leave them out of this optimizer with optax.masked or optax.partition, or list the layers "
-      "that it preconditions with layers=bnp_optax.linen.layers(model, *inputs). If they ran "
-      'under nn.scan or nn.vmap, add "intermediates" to its variable_axes.'
+      "that it preconditions with layers=bnp_optax.linen.layers(model, *inputs). If they ran under "
+      "nn.vmap with shared parameters, pass the number of examples as sow_statistics(examples=...)."
     )
   if without := {x: y for x in layers if isinstance(y := found[x.path], NoStatistics)}:
     raise ValueError(

@@ -25,6 +25,7 @@ from bnp_optax._statistics import (
   Mask,
   NoStatistics,
   layer_statistics,
+  leave_transform,
   merge_two_calls,
 )
 
@@ -42,12 +43,17 @@ class Reporter:
     merge: Merges the values of two calls of one layer.
     exact_windows: Whether the rows of a convolution are its windows.
     key: Functions traced under an equal key are reused. The default is equal to no other.
+    leave: Maps a value that a transform stacked along axis 0, and the axis along which it stacked
+      the kernels, or None if it called one layer repeatedly, to the value for the whole kernel.
+    fixed_examples: Whether a mapped axis does not change the number of examples.
   """
 
   record: Callable[[Any, Call], Any]
   merge: Callable[[Any, Any], Any]
   exact_windows: bool
   key: Hashable = dataclasses.field(default_factory=object)
+  leave: Callable[[Any, int | None], Any] = lambda value, axis: value
+  fixed_examples: bool = True
 
   def sow(self, module: Any, collection: Any, call: Call) -> None:
     """Sow the record of a call beside its kernel, merged with those of earlier calls."""
@@ -115,7 +121,8 @@ def statistics_reporter(
     return statistics
 
   key = (_array_key(examples), example_axes, axis_name, exact_windows, _array_key(present))
-  return Reporter(record, merge_two_calls, exact_windows, key)
+  fixed = examples is not None
+  return Reporter(record, merge_two_calls, exact_windows, key, leave_transform, fixed)
 
 
 def _array_key(x: int | jax.Array | None) -> Hashable:

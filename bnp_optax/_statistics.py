@@ -250,3 +250,19 @@ def merge_call_axes(a: LayerStatistics, axes: tuple[int, ...]) -> LayerStatistic
     return a
   merged = jax.tree.map(lambda x: jnp.sum(x, axes), a)
   return dataclasses.replace(merged, examples=jnp.max(a.examples, axes))
+
+
+def leave_transform(
+  a: LayerStatistics | NoStatistics, axis: int | None
+) -> LayerStatistics | NoStatistics:
+  """Return the statistics of a whole kernel from those that a transform stacked along axis 0.
+
+  Args:
+    a: Statistics of the layers, or calls, inside the transform.
+    axis: Axis along which the kernels are stacked; None for calls of one kernel.
+  """
+  if isinstance(a, NoStatistics):
+    return a
+  if axis is None:
+    return merge_call_axes(a, (0,))
+  return dataclasses.replace(a, layout=a.layout and a.layout.stacked((axis % (a.layout.ndim + 1),)))
