@@ -70,12 +70,15 @@ def equation_call(
     problem = "the kernel has an ellipsis"
   elif any(len(set(x)) < len(x) for x in (given, weights, result)):
     problem = "an axis appears twice in one operand"
+  elif shape and not _fit((given, inputs.shape), (weights, shape)):
+    raise ValueError(
+      f"the equation {equation!r} does not fit inputs of shape {inputs.shape} and a kernel of "
+      f"shape {shape}"
+    )
   elif alone := [c for c in weights if c not in given + result]:
     problem = f"the kernel's axis {alone[0]!r} is summed alone, so its rows are not defined"
   elif new := [c for c in result if c not in given + weights]:
     problem = f"the output's axis {new[0]!r} is in neither operand"
-  elif shape:
-    _check_shapes(equation, (given, inputs.shape), (weights, shape))
   leading = [c for c in given if c in result and c not in weights]
   stack = [c for c in result if c in given and c in weights]
   feature = [c for c in weights if c not in result]
@@ -94,17 +97,14 @@ def equation_call(
   return Call(layout, h, stack=len(stack), kernel=kernel)
 
 
-def _check_shapes(equation: str, *operands: tuple[str, tuple[int, ...]]) -> None:
-  """Raise ValueError if operands, each of letters and a shape, do not fit an equation."""
+def _fit(*operands: tuple[str, tuple[int, ...]]) -> bool:
+  """Return whether operands, each of letters and a shape, have one size for each letter."""
   sizes: dict[str, int] = {}
-  (_, inputs), (_, kernel) = operands
-  fits = all(len(letters) == len(shape) for letters, shape in operands)
-  pairs = [pair for operand in operands for pair in zip(*operand, strict=fits)]
-  if not fits or any(sizes.setdefault(letter, size) != size for letter, size in pairs):
-    raise ValueError(
-      f"the equation {equation!r} does not fit inputs of shape {inputs} and a kernel of shape "
-      f"{kernel}"
-    )
+  return all(
+    len(letters) == len(shape)
+    and all(sizes.setdefault(c, n) == n for c, n in zip(letters, shape, strict=True))
+    for letters, shape in operands
+  )
 
 
 def own_call(

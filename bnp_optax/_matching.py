@@ -101,7 +101,14 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         f"{kernel.shape} requires {layout.bias_shape(kernel.shape)}. If the layer is not a plain "
         "Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs)."
       )
-    layers.append(Layer(path, layout, i, j if bias is not None else None))
+    layer = Layer(path, layout, i, j if bias is not None else None)
+    for other in layers:
+      if layer.bias is not None and layer.bias == other.bias:
+        raise ValueError(
+          f"Layers {other} and {layer} have the same bias, {layout.bias}. BNP couples a bias with "
+          "one kernel: register or report the other one with bias=None."
+        )
+    layers.append(layer)
   return layers
 
 

@@ -29,6 +29,9 @@ from bnp_optax._statistics import (
   merge_two_calls,
 )
 
+# A function of a layer and the inputs of a call.
+Exclude = Callable[[Any, jax.Array], bool]
+
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
 # or with other ones, is traced again.
 _cache_key = jax.make_user_context()
@@ -93,6 +96,7 @@ def statistics_reporter(
   mask: Mask,
   axis_name: AxisName | None,
   exact_windows: bool,
+  exclude: Exclude | None,
 ) -> Reporter:
   """Return the reporter of `LayerStatistics`.
 
@@ -103,11 +107,14 @@ def statistics_reporter(
     mask: Nonzero for the leading positions that count; None for all.
     axis_name: Mapped axes that the batch is split over; None if it is whole.
     exact_windows: As in `Reporter`.
+    exclude: True for the calls that do not count; None to count all.
   """
   present = None if mask is None else jnp.asarray(mask).astype(bool)
   counted: dict[int, str] = {}
 
-  def record(module: Any, call: Call) -> LayerStatistics | NoStatistics:
+  def record(module: Any, call: Call) -> LayerStatistics | NoStatistics | None:
+    if exclude is not None and exclude(module, call.inputs):
+      return None
     name = describe(module, call)
     statistics = _call_statistics(call, name, examples, example_axes, present, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
@@ -120,7 +127,8 @@ def statistics_reporter(
         )
     return statistics
 
-  key = (_array_key(examples), example_axes, axis_name, exact_windows, _array_key(present))
+  arrays = _array_key(examples), _array_key(present)
+  key = (arrays, example_axes, axis_name, exact_windows, exclude)
   fixed = examples is not None
   return Reporter(record, merge_two_calls, exact_windows, key, leave_transform, fixed)
 

@@ -23,7 +23,7 @@ from bnp_optax._layers import (
 )
 from bnp_optax._lifting import leave_observation
 from bnp_optax._linen import register, report, report_calls
-from bnp_optax._reporting import Reporter, statistics_reporter
+from bnp_optax._reporting import Exclude, Reporter, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import Path, show_path, split_arrays
 
@@ -38,6 +38,7 @@ def sow_statistics(
   mask: Mask = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
+  exclude: Exclude | None = None,
 ) -> Iterator[None]:
   """Sow the statistics of every linear layer's inputs into ``intermediates`` within this context.
 
@@ -98,6 +99,9 @@ def sow_statistics(
     exact_windows: Whether convolutions take one mean and variance for each kernel entry, over the
       zero-padded windows (eqs. 19 and 20), instead of one for each channel over the whole map
       (eqs. 21 and 22). Needs ``layers(..., exact_windows=True)``.
+    exclude: Function of a layer and the inputs of one call, ``[*leading, *stack, features]``. It
+      returns True for a call that does not count because its outputs do not reach the loss, as in
+      ``exclude=lambda layer, x: layer.name == "head" and x.ndim == 4``.
 
   Yields:
     None.
@@ -114,7 +118,7 @@ def sow_statistics(
     return show_path(module.path)
 
   with report_calls(
-    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows)
+    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows, exclude)
   ):
     yield
 

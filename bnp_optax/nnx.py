@@ -22,7 +22,7 @@ from bnp_optax._layers import (
   observe_call,
 )
 from bnp_optax._nnx import Statistics, describe, register, report, report_calls
-from bnp_optax._reporting import Reporter, statistics_reporter
+from bnp_optax._reporting import Exclude, Reporter, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
 
@@ -37,6 +37,7 @@ def sow_statistics(
   mask: Mask = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
+  exclude: Exclude | None = None,
 ) -> Iterator[None]:
   """Sow the statistics of every linear layer's inputs as `Statistics` within this context.
 
@@ -90,6 +91,8 @@ def sow_statistics(
     mask: As in `bnp_optax.linen.sow_statistics`.
     axis_name: As in `bnp_optax.linen.sow_statistics`.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
+    exclude: As in `bnp_optax.linen.sow_statistics`, for example
+      ``exclude=lambda layer, x: layer is model.head and x.ndim == 4``.
 
   Yields:
     None.
@@ -102,7 +105,7 @@ def sow_statistics(
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
   with report_calls(
-    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows)
+    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows, exclude)
   ):
     yield
 
