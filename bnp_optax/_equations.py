@@ -22,7 +22,7 @@ Equation = str | Callable[..., tuple[jax.Array, str]]
 
 def check_equation(equation: str) -> None:
   """Raise ValueError if an equation is not one of inputs and kernel."""
-  letters = r"[a-zA-Z]*(\.\.\.)?[a-zA-Z]*"
+  letters = r"[^\W_]*(\.\.\.)?[^\W_]*"
   if not re.fullmatch(f"{letters},{letters}->{letters}", equation.replace(" ", "")):
     raise ValueError(
       f"The equation {equation!r} must be that of inputs and kernel, as in '...d,df->...f'."

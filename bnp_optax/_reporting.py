@@ -96,7 +96,7 @@ def statistics_reporter(
   mask: Mask,
   axis_name: AxisName | None,
   exact_windows: bool,
-  exclude: Exclude | None,
+  exclude: Exclude | None = None,
 ) -> Reporter:
   """Return the reporter of `LayerStatistics`.
 

@@ -448,7 +448,7 @@ def test_an_own_cell_in_a_default_rnn():
 
 
 @pytest.mark.parametrize(
-  "equation", ["d,df", "d->f", "d,df,e->f", "d,df->f->g", "d,d1->1", "", "d,df->....f"]
+  "equation", ["d,df", "d->f", "d,df,e->f", "d,df->f->g", "d,d_->_", "", "d,df->....f"]
 )
 def test_equations_that_are_none(equation):
   with pytest.raises(ValueError, match=r"must be that of inputs and kernel, as in"):
