@@ -14,6 +14,7 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import itertools
 from typing import Any
 
 from flax.core import lift
@@ -39,15 +40,17 @@ class _Lifted:
   Attributes:
     axis: Axis of the parameters along which it stacks layers; None if it repeats calls of one.
     added: Whether it returns the intermediates only for BNP.
+    told: Whether its ``variable_axes`` have an axis for the intermediates.
   """
 
   axis: int | None
   added: bool
+  told: bool
 
 
-# The transform that is about to be packed, and the axes of those that enclose a layer.
+# The transform that is about to be packed, and those that enclose a layer.
 _lifted: contextvars.ContextVar[_Lifted | None] = contextvars.ContextVar("lifted", default=None)
-_axes: contextvars.ContextVar[tuple[int | None, ...]] = contextvars.ContextVar("axes", default=())
+_outer: contextvars.ContextVar[tuple[_Lifted, ...]] = contextvars.ContextVar("outer", default=())
 
 # For each enclosing map_variables, the innermost last: a function that maps the path of a
 # parameter to the axes of the parameter that the kernel's axes are.
@@ -72,12 +75,15 @@ def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> 
     reporter = active.get()
     if reporter is None:
       return original(xs)
-    axes = [getattr(axis, "axis", axis) for name, axis in xs.items() if in_filter(name, "params")]
+    axes, own = (
+      [getattr(axis, "axis", axis) for name, axis in xs.items() if in_filter(name, collection)]
+      for collection in ("params", COLLECTION)
+    )
     # A scan that shares its parameters does not name them here. A vmap does, and may map
     # examples: their number is then not that of the layers' inputs.
     known = not axes or axes[0] is not None or reporter.fixed_examples
-    added = known and not any(in_filter(name, COLLECTION) for name in xs)
-    _lifted.set(_Lifted(axes[0] if axes else None, added))
+    added = known and not own
+    _lifted.set(_Lifted(axes[0] if axes else None, added, told=any(x is not None for x in own)))
     return original({**xs, COLLECTION: Out(0)} if added else xs)
 
   return split
@@ -97,7 +103,7 @@ def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Call
       return _within(packed, _mappings, functools.partial(_mapping, function, in_filters[0]))
     if lifted is None:
       return packed
-    packed = _within(packed, _axes, lambda _: lifted.axis)
+    packed = _within(packed, _outer, lambda _: lifted)
     # The first filter that fits takes a collection, for example that of the transform's own carry.
     if not lifted.added or any(in_filter(x, COLLECTION) for x in out_filters[:-1]):
       return packed
@@ -185,8 +191,18 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
     path: Path of the kernel.
     biased: Whether the layer has a bias.
   """
-  if biased and any(_axes.get()):
-    problem = "its bias is not stacked along axis 0: use variable_axes={'params': 0}"
+  outer, problem = _outer.get(), ""
+  if any(lifted.axis and (biased or lifted.told) for lifted in outer):
+    problem = (
+      "nn.scan or nn.vmap does not stack it along axis 0: use variable_axes={'params': 0}, or "
+      "leave out its bias and the intermediates in variable_axes"
+    )
+  elif any(x.added and y.told for x, y in itertools.combinations(outer, 2)):
+    problem = (
+      "of nested nn.scan or nn.vmap only the inner one has the intermediates in variable_axes: "
+      "leave them out there"
+    )
+  if problem:
     call = dataclasses.replace(call, problem=call.problem or problem)
   for axes_of in reversed(_mappings.get()):
     axes = axes_of(path)

@@ -182,5 +182,6 @@ def _call_statistics(
     mask=mask,
     stack=call.stack,
     axis_name=axis_name,
+    kernel=call.kernel,
   )
-  return dataclasses.replace(statistics, kernel=call.kernel, layout=call.layout)
+  return dataclasses.replace(statistics, layout=call.layout)

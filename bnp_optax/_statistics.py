@@ -122,6 +122,7 @@ def layer_statistics(
   mask: jax.Array | None = None,
   stack: int = 0,
   axis_name: AxisName | None = None,
+  kernel: str = "kernel",
 ) -> LayerStatistics:
   """Compute the statistics of one call of a layer.
 
@@ -143,6 +144,7 @@ def layer_statistics(
     mask: True for the leading positions that count, ``[*leading]``; None for all.
     stack: Number of stack axes.
     axis_name: Mapped axes that the batch is split over. The sums are taken over all of it.
+    kernel: Name of the kernel leaf that the statistics belong to.
 
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
@@ -174,6 +176,7 @@ def layer_statistics(
     total=total,
     within=sum_over_devices(weight * jnp.sum(deviation * deviation, leading)),
     between=total * total / divisor,
+    kernel=kernel,
   )
 
 

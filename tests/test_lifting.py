@@ -133,6 +133,8 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x):
     options = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}}
+    if self.kind == "told":
+      options["variable_axes"]["intermediates"] = 0
     if self.kind == "decorated":
       return DecoratedBlock(name="blocks")(x, None)[0]
     block = nn.remat(Block) if self.kind == "remat" else Block
@@ -172,14 +174,16 @@ def test_a_scanned_stack(axis, kind):
 
 
 @pytest.mark.parametrize("axis", [1, -1])
-def test_a_bias_that_is_not_stacked_along_axis_0_is_refused(axis):
-  """Its shape is right where there are as many layers as outputs."""
-  x, model = uniform(N, D), Stack(axis, biased=True)
-  with pytest.raises(ValueError, match="layer/kernel: its bias is not stacked along axis 0"):
+@pytest.mark.parametrize("options", [{"biased": True}, {"kind": "told"}], ids=str)
+def test_a_stack_whose_axis_only_its_shape_could_tell_is_refused(axis, options):
+  """A bias has the right shape too where there are as many layers as outputs."""
+  x, model = uniform(N, D), Stack(axis, **options)
+  match = r"blocks/layer(/kernel)?: nn.scan or nn.vmap does not stack it along axis 0"
+  with pytest.raises(ValueError, match=match):
     bnp_optax.linen.layers(model, x, strict=True)
-  layers = bnp_optax.linen.layers(Stack(axis, biased=False), x)
+  layers = bnp_optax.linen.layers(Stack(axis), x)
   tx, params = bnp_optax.scale_by_bnp(layers=layers), init(model, x)
-  with pytest.raises(ValueError, match="No statistics for blocks/layer: its bias is not stacked"):
+  with pytest.raises(ValueError, match=match):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
 
 
@@ -210,29 +214,42 @@ def test_critics_under_vmap():
 class Recurrence(nn.Module):
   """A block of a stack of recurrent layers."""
 
+  told: bool = False
+
   @nn.compact
   def __call__(self, x, _):
-    return nn.RNN(nn.SimpleCell(x.shape[-1], name="cell"))(x), None
+    axes = {"intermediates": 0} if self.told else {}
+    return nn.RNN(nn.SimpleCell(x.shape[-1], name="cell"), variable_axes=axes)(x), None
 
 
-def test_a_stack_of_recurrent_layers_as_long_as_the_sequence():
-  class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      stack = nn.scan(
-        Recurrence, variable_axes={"params": 0}, split_rngs={"params": True}, length=T
-      )
-      return stack(name="blocks")(x, None)[0]
+class RecurrentStack(nn.Module):
+  inner: bool = False
+  outer: bool = False
 
-  x = uniform(N, T, T)
-  params = small(Model(), x)
-  stats = sow(Model(), params, x)["blocks"]["cell"]["i"]["layer_statistics"]
-  layers = bnp_optax.linen.layers(Model(), x, strict=True)
+  @nn.compact
+  def __call__(self, x):
+    axes = {"params": 0, "intermediates": 0} if self.outer else {"params": 0}
+    stack = nn.scan(Recurrence, variable_axes=axes, split_rngs={"params": True}, length=T)
+    return stack(self.inner, name="blocks")(x, None)[0]
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_stack_of_recurrent_layers_as_long_as_the_sequence(outer):
+  x, model = uniform(N, T, T), RecurrentStack(outer=outer)
+  params = small(model, x)
+  stats = sow(model, params, x)["blocks"]["cell"]["i"]["layer_statistics"]
+  layers = bnp_optax.linen.layers(model, x, strict=True)
   assert layers["blocks", "cell", "i", "kernel"].stack == (0,)
   for i in range(T):
     block = at(params["blocks"], i)
     check(at(stats, i), x, examples=N)
     x = Recurrence().apply({"params": block}, x, None)[0]
+
+
+def test_intermediates_of_the_inner_transform_alone_are_refused():
+  """The axes of its statistics are those of the calls and of the stack, in an order not known."""
+  with pytest.raises(ValueError, match=r"cell/i/kernel: of nested nn.scan or nn.vmap only the"):
+    bnp_optax.linen.layers(RecurrentStack(inner=True), uniform(N, T, T), strict=True)
 
 
 class DeepCell(nn.Module):
