@@ -25,7 +25,7 @@ import jax
 from bnp_optax._calls import PREFIX, Call
 from bnp_optax._layers import Observation
 from bnp_optax._patching import Wrappers
-from bnp_optax._reporting import Reporter
+from bnp_optax._reporting import Reporter, activate
 from bnp_optax._trees import Path
 
 COLLECTION = "intermediates"
@@ -48,15 +48,14 @@ class _Lifted:
   told: bool
 
 
-# The transform that is about to be packed, and those that enclose a layer.
-_lifted: contextvars.ContextVar[_Lifted | None] = contextvars.ContextVar("lifted", default=None)
-_outer: contextvars.ContextVar[tuple[_Lifted, ...]] = contextvars.ContextVar("outer", default=())
-
-# For each enclosing map_variables, the innermost last: a function that maps the path of a
-# parameter to the axes of the parameter that the kernel's axes are.
+# A function of a path under a map_variables: for each axis of the kernel, the axis of the parameter
+# at the path that it is. Empty if the parameter is not mapped, None if no axis is another.
 _Mapping = Callable[[Path], tuple[int, ...] | None]
-_mappings: contextvars.ContextVar[tuple[_Mapping, ...]] = contextvars.ContextVar(
-  "mappings", default=()
+
+# The transform that is about to be packed, and those that enclose a layer, the innermost last.
+_lifted: contextvars.ContextVar[_Lifted | None] = contextvars.ContextVar("lifted", default=None)
+_outer: contextvars.ContextVar[tuple[_Lifted | _Mapping, ...]] = contextvars.ContextVar(
+  "outer", default=()
 )
 
 
@@ -100,10 +99,10 @@ def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Call
       return packed
     if kwargs.get("name") == "map_variables":
       function = inspect.getclosurevars(fn).nonlocals["map_in_fn"]
-      return _within(packed, _mappings, functools.partial(_mapping, function, in_filters[0]))
+      return _within(packed, reporter, functools.partial(_mapping, function, in_filters[0]))
     if lifted is None:
       return packed
-    packed = _within(packed, _outer, lambda _: lifted)
+    packed = _within(packed, reporter, lambda _: lifted)
     # The first filter that fits takes a collection, for example that of the transform's own carry.
     if not lifted.added or any(in_filter(x, COLLECTION) for x in out_filters[:-1]):
       return packed
@@ -138,18 +137,16 @@ def _with_merged_statistics(
 
 def _within(
   packed: Callable[..., Any],
-  variable: contextvars.ContextVar[tuple[Any, ...]],
-  element: Callable[[tuple[Scope, ...]], Any],
+  reporter: Reporter,
+  element: Callable[[tuple[Scope, ...]], _Lifted | _Mapping],
 ) -> Callable[..., Any]:
-  """Return a packed transform during which an element, made from its scopes, is in a variable."""
+  """Return a packed transform whose layers find it, described from its scopes, in `_outer`."""
 
   @functools.wraps(packed)
   def call(scope_tree: Any, *args: Any, **kwargs: Any) -> Any:
-    token = variable.set((*variable.get(), element(_scopes(scope_tree))))
-    try:
+    outer = (*_outer.get(), element(_scopes(scope_tree)))
+    with activate(_outer, outer, (reporter.key, outer)):
       return packed(scope_tree, *args, **kwargs)
-    finally:
-      variable.reset(token)
 
   return call
 
@@ -191,32 +188,29 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
     path: Path of the kernel.
     biased: Whether the layer has a bias.
   """
-  outer, problem = _outer.get(), ""
-  if any(lifted.axis and (biased or lifted.told) for lifted in outer):
+  transforms = [x for x in _outer.get() if isinstance(x, _Lifted)]
+  problem = ""
+  if any(x.axis and (biased or x.told) for x in transforms):
     problem = (
       "nn.scan or nn.vmap does not stack it along axis 0: use variable_axes={'params': 0}, or "
       "leave out its bias and the intermediates in variable_axes"
     )
-  elif any(x.added and y.told for x, y in itertools.combinations(outer, 2)):
+  elif any(x.added and y.told for x, y in itertools.combinations(transforms, 2)):
     problem = (
       "of nested nn.scan or nn.vmap only the inner one has the intermediates in variable_axes: "
       "leave them out there"
     )
-  if problem:
-    call = dataclasses.replace(call, problem=call.problem or problem)
-  for axes_of in reversed(_mappings.get()):
-    axes = axes_of(path)
-    if axes == ():
-      continue
-    if axes is None or len(axes) != call.layout.ndim:
-      problem = (
+  for mapping in reversed(_outer.get()):
+    axes = () if isinstance(mapping, _Lifted) else mapping(path)
+    if axes is None or (axes and len(axes) != call.layout.ndim):
+      problem = problem or (
         "nn.map_variables computes its kernel from its parameter, and which axis of one is which "
         "of the other is not known"
       )
-      return dataclasses.replace(call, problem=call.problem or problem)
-    shape = tuple(call.shape[axes.index(axis)] for axis in range(len(axes)))
-    call = dataclasses.replace(call, layout=call.layout.moved(axes), shape=shape)
-  return call
+    elif axes:
+      shape = tuple(call.shape[axes.index(axis)] for axis in range(len(axes)))
+      call = dataclasses.replace(call, layout=call.layout.moved(axes), shape=shape)
+  return dataclasses.replace(call, problem=call.problem or problem)
 
 
 def _mapped_axes(
