@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import flax.linen as nn
-from flax.linen import recurrent, transforms
+from flax.linen import recurrent
 import jax
 import jax.numpy as jnp
 
@@ -181,10 +181,8 @@ def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:
   def call_wrapped_method(
     self: nn.Module, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
   ) -> Any:
-    # A lifted method calls the original one, which is read inside of the transform.
-    lifted = getattr(fun, "__globals__", None) is vars(transforms)
     function, reporter = inspect.unwrap(fun), _active.get()
-    if reporter is None or lifted or function not in (*_READERS, *_WRAPPERS):
+    if reporter is None or function not in (*_READERS, *_WRAPPERS):
       return original(self, fun, args, kwargs)
 
     @functools.wraps(fun)

@@ -279,12 +279,17 @@ def test_parameters_with_metadata():
 # A model whose init and apply were replaced.
 
 
-def test_a_jitted_apply():
-  model, x = nn.Sequential([nn.Dense(2)]), uniform(4, 8)
-  expected = bnp_optax.linen.layers(model, x)
-  for name in ("apply", "init"):
-    model.__dict__[name] = jax.jit(getattr(model, name))
-  assert bnp_optax.linen.layers(model, x) == expected
+@pytest.mark.parametrize("name", ["apply", "init"])
+def test_a_jitted_method(name):
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      return nn.Dense(2)(x) if train else x
+
+  model, x = Model(), uniform(4, 8)
+  expected = bnp_optax.linen.layers(model, x, train=True)
+  model.__dict__[name] = jax.jit(getattr(model, name))
+  assert bnp_optax.linen.layers(model, x, train=True) == expected
 
 
 def test_an_overridden_apply():
