@@ -1,5 +1,6 @@
 """The hooks of Linen: which inputs count, the axes of a mapped kernel, calls that are left out."""
 
+import concurrent.futures
 import contextlib
 
 import chex
@@ -350,3 +351,34 @@ def test_an_excluded_call_of_nnx():
   stats = run(model, x)
   assert stats["head"]["layer_statistics"].get_value().rows == 4
   assert stats["stem"]["layer_statistics"].get_value().rows == 24
+
+
+def test_threads():
+  """Sixteen threads trace scanned models at once, one in two of them without statistics."""
+
+  class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      scan = nn.scan(
+        lambda layer, x, _: (layer(x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=2,
+      )
+      return scan(nn.Dense(x.shape[-1], name="layer"), x, None)[0]
+
+  def work(i):
+    x = jax.ShapeDtypeStruct((4, 2 + i), jnp.float32)
+    params = jax.eval_shape(Scanned().init, jax.random.key(0), x)
+    run = lambda params, x: Scanned().apply(params, x, mutable=["intermediates"])[1]
+    for _ in range(5):
+      if i % 2:
+        assert not jax.eval_shape(run, params, x)
+      else:
+        with sow_statistics():
+          stats = jax.eval_shape(run, params, x)["intermediates"]["layer"]["layer_statistics"]
+        assert stats.total.shape == (2, 2 + i)
+        assert stats.layout.stack == (0,)
+
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    list(pool.map(work, range(16)))
