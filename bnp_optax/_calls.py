@@ -3,8 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from bnp_optax._layout import KernelLayout
+
+# The names under which layers sow begin with it.
+PREFIX = "layer_statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Call:
     kernel: Name of the kernel leaf.
     problem: Why BNP is not defined for this call, or empty.
     batched: False for a convolution of a single map, whose first axis is not an axis of examples.
+    shape: Shape of the kernel parameter that `layout` refers to; empty if not yet known.
   """
 
   layout: KernelLayout
@@ -28,6 +33,13 @@ class Call:
   kernel: str = "kernel"
   problem: str = ""
   batched: bool = True
+  shape: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    """Refuse complex inputs."""
+    if not self.problem and jnp.issubdtype(self.inputs.dtype, jnp.complexfloating):
+      problem = f"BNP is defined for real inputs, found {self.inputs.dtype}"
+      object.__setattr__(self, "problem", problem)
 
   def example_shape(self, example_axes: int) -> tuple[int, ...]:
     """Return the sizes of the axes that count examples, of ``example_axes`` in a batch."""
@@ -41,4 +53,4 @@ class Call:
   @property
   def statistics_name(self) -> str:
     """Name under which the statistics of this call are sown beside the kernel."""
-    return "layer_statistics" if self.kernel == "kernel" else f"layer_statistics_{self.kernel}"
+    return PREFIX if self.kernel == "kernel" else f"{PREFIX}_{self.kernel}"

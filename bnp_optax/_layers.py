@@ -159,7 +159,7 @@ class Observation:
   problem: str = dataclasses.field(metadata={"static": True})
 
 
-def observe_call(call: Call, kind: str, shape: Shape, example_axes: int = 1) -> Observation:
+def observe_call(call: Call, kind: str, example_axes: int = 1) -> Observation:
   """Return the observation of one call of a layer."""
   examples = max(1, math.prod(call.example_shape(example_axes)))
   rows = math.prod(call.leading) if call.rows is None else call.rows
@@ -167,7 +167,7 @@ def observe_call(call: Call, kind: str, shape: Shape, example_axes: int = 1) -> 
     marker=jnp.zeros(()),
     kind=kind,
     kernel=call.kernel,
-    shape=tuple(shape),
+    shape=call.shape,
     inputs=call.inputs.shape,
     positions=rows // examples,
     layout=call.layout,

@@ -48,7 +48,8 @@ calls=(), bias='bias')
       of one for all positions of the window (eqs. 21 and 22).
     calls: Leading axes of the statistics, not of the kernel, along which the same kernel was
       called, for example by a scan over time. Their rows add; their examples are the same.
-    bias: Name of the bias leaf beside the kernel. The layer may have none.
+    bias: Name of the bias leaf beside the kernel. The layer may have none. Empty for a layer that
+      never has one.
   """
 
   stack: tuple[int, ...] = ()
@@ -92,13 +93,23 @@ calls=(), bias='bias')
       axes: Positions of the new axes in the kernel that has all of them.
     """
     rest = [axis for axis in range(self.ndim + len(axes)) if axis not in axes]
-    stack, window, feature, output = (
-      tuple(rest[axis] for axis in old)
-      for old in (self.stack, self.window, self.feature, self.output)
-    )
-    return dataclasses.replace(
-      self, stack=(*axes, *stack), window=window, feature=feature, output=output
-    )
+    layout = self.moved(rest)
+    return dataclasses.replace(layout, stack=(*axes, *layout.stack))
+
+  def moved(self, axes: Sequence[int]) -> "KernelLayout":
+    """Return the layout after axis ``i`` of the kernel became ``axes[i]``.
+
+    >>> from bnp_optax import KernelLayout
+    >>> transposed = KernelLayout().moved([1, 0])
+    >>> transposed.feature, transposed.output
+    ((1,), (0,))
+
+    Args:
+      axes: New position of each axis.
+    """
+    roles = ("stack", "window", "feature", "output")
+    moved = {role: tuple(axes[axis] for axis in getattr(self, role)) for role in roles}
+    return dataclasses.replace(self, **moved)
 
   def statistics_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of the layer's mean and variance.

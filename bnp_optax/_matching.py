@@ -101,7 +101,14 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         f"{kernel.shape} requires {layout.bias_shape(kernel.shape)}. If the layer is not a plain "
         "Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs)."
       )
-    layers.append(Layer(path, layout, i, j if bias is not None else None))
+    layer = Layer(path, layout, i, j if bias is not None else None)
+    for other in layers:
+      if layer.bias is not None and layer.bias == other.bias:
+        raise ValueError(
+          f"Layers {other} and {layer} have the same bias, {layout.bias}. BNP couples a bias with "
+          "one kernel: register or report the other one with bias=None."
+        )
+    layers.append(layer)
   return layers
 
 
@@ -142,8 +149,8 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       f"No statistics for {', '.join(map(str, missing))}. There are statistics for "
       f"{_names(map(_layer_path, found))}. If these layers did not run, or are not Dense or Conv, "
       "leave them out of this optimizer with optax.masked or optax.partition, or list the layers "
-      "that it preconditions with layers=bnp_optax.linen.layers(model, *inputs). If they ran "
-      'under nn.scan or nn.vmap, add "intermediates" to its variable_axes.'
+      "that it preconditions with layers=bnp_optax.linen.layers(model, *inputs). If they ran under "
+      "nn.vmap with shared parameters, pass the number of examples as sow_statistics(examples=...)."
     )
   if without := {x: y for x in layers if isinstance(y := found[x.path], NoStatistics)}:
     raise ValueError(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._calls import Call
+from bnp_optax._equations import equation_call
 from bnp_optax._layout import KernelLayout
 
 
@@ -93,33 +94,7 @@ def einsum(
 ) -> list[Call]:
   """Read Einsum: axes of the inputs alone are rows, axes of all three operands are a stack."""
   del outputs, exact_windows
-  equation = (einsum_str or layer.einsum_str).replace(" ", "")
-  given, result = equation.split("->")
-  given, kernel = given.split(",")
-  spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
-  ellipsis = "".join(spare[: inputs.ndim - len(given.replace("...", ""))])
-  given, result = given.replace("...", ellipsis), result.replace("...", ellipsis)
-  problem = ""
-  if "..." in kernel:
-    problem = "the kernel has an ellipsis"
-  elif any(len(set(x)) < len(x) for x in (given, kernel, result)):
-    problem = "an axis appears twice in one operand"
-  elif alone := [c for c in kernel if c not in given + result]:
-    problem = f"the kernel's axis {alone[0]!r} is summed alone, so its rows are not defined"
-  leading = [c for c in given if c in result and c not in kernel]
-  stack = [c for c in result if c in given and c in kernel]
-  feature = [c for c in kernel if c not in result]
-  output = [c for c in result if c in kernel and c not in given]
-  if [c for c in result if c in kernel] != stack + output:
-    problem = problem or "an output axis stands before a batch axis of the kernel"
-  if problem:
-    return [Call(KernelLayout(), inputs, problem=f"in {equation!r} {problem}")]
-  # A sum over an axis of the inputs alone commutes with the product.
-  h = jnp.einsum(f"{given}->{''.join(leading + stack + feature)}", inputs)
-  h = h.reshape(*h.shape[: len(leading) + len(stack)], -1)
-  axes = (tuple(kernel.index(c) for c in letters) for letters in (stack, feature, output))
-  layout = KernelLayout(**dict(zip(("stack", "feature", "output"), axes, strict=True)))
-  return [Call(layout, h, stack=len(stack))]
+  return [equation_call(einsum_str or layer.einsum_str, inputs)]
 
 
 def read(
@@ -136,11 +111,7 @@ def read(
   inputs = jnp.asarray(next(iter(arguments.values())))
   # No other argument of a supported layer changes the meaning of its kernel.
   options = {k: v for k, v in arguments.items() if k == "einsum_str"}
-  calls = reader(layer, outputs, exact_windows, inputs, **options)
-  if jnp.issubdtype(inputs.dtype, jnp.complexfloating):
-    problem = f"BNP is defined for real inputs, found {inputs.dtype}"
-    return [dataclasses.replace(call, problem=problem) for call in calls]
-  return calls
+  return reader(layer, outputs, exact_windows, inputs, **options)
 
 
 def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:

@@ -25,8 +25,12 @@ from bnp_optax._statistics import (
   Mask,
   NoStatistics,
   layer_statistics,
+  leave_transform,
   merge_two_calls,
 )
+
+# A function of a layer and the inputs of a call.
+Exclude = Callable[[Any, jax.Array], bool]
 
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
 # or with other ones, is traced again.
@@ -42,12 +46,17 @@ class Reporter:
     merge: Merges the values of two calls of one layer.
     exact_windows: Whether the rows of a convolution are its windows.
     key: Functions traced under an equal key are reused. The default is equal to no other.
+    leave: Maps a value that a transform stacked along axis 0, and the axis along which it stacked
+      the kernels, or None if it called one layer repeatedly, to the value for the whole kernel.
+    fixed_examples: Whether a mapped axis does not change the number of examples.
   """
 
   record: Callable[[Any, Call], Any]
   merge: Callable[[Any, Any], Any]
   exact_windows: bool
   key: Hashable = dataclasses.field(default_factory=object)
+  leave: Callable[[Any, int | None], Any] = lambda value, axis: value
+  fixed_examples: bool = True
 
   def sow(self, module: Any, collection: Any, call: Call) -> None:
     """Sow the record of a call beside its kernel, merged with those of earlier calls."""
@@ -87,6 +96,7 @@ def statistics_reporter(
   mask: Mask,
   axis_name: AxisName | None,
   exact_windows: bool,
+  exclude: Exclude | None = None,
 ) -> Reporter:
   """Return the reporter of `LayerStatistics`.
 
@@ -97,11 +107,14 @@ def statistics_reporter(
     mask: Nonzero for the leading positions that count; None for all.
     axis_name: Mapped axes that the batch is split over; None if it is whole.
     exact_windows: As in `Reporter`.
+    exclude: True for the calls that do not count; None to count all.
   """
   present = None if mask is None else jnp.asarray(mask).astype(bool)
   counted: dict[int, str] = {}
 
-  def record(module: Any, call: Call) -> LayerStatistics | NoStatistics:
+  def record(module: Any, call: Call) -> LayerStatistics | NoStatistics | None:
+    if exclude is not None and exclude(module, call.inputs):
+      return None
     name = describe(module, call)
     statistics = _call_statistics(call, name, examples, example_axes, present, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
@@ -114,8 +127,10 @@ def statistics_reporter(
         )
     return statistics
 
-  key = (_array_key(examples), example_axes, axis_name, exact_windows, _array_key(present))
-  return Reporter(record, merge_two_calls, exact_windows, key)
+  arrays = _array_key(examples), _array_key(present)
+  key = (arrays, example_axes, axis_name, exact_windows, exclude)
+  fixed = examples is not None
+  return Reporter(record, merge_two_calls, exact_windows, key, leave_transform, fixed)
 
 
 def _array_key(x: int | jax.Array | None) -> Hashable:
@@ -167,5 +182,6 @@ def _call_statistics(
     mask=mask,
     stack=call.stack,
     axis_name=axis_name,
+    kernel=call.kernel,
   )
-  return dataclasses.replace(statistics, kernel=call.kernel, layout=call.layout)
+  return dataclasses.replace(statistics, layout=call.layout)

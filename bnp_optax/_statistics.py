@@ -122,6 +122,7 @@ def layer_statistics(
   mask: jax.Array | None = None,
   stack: int = 0,
   axis_name: AxisName | None = None,
+  kernel: str = "kernel",
 ) -> LayerStatistics:
   """Compute the statistics of one call of a layer.
 
@@ -143,6 +144,7 @@ def layer_statistics(
     mask: True for the leading positions that count, ``[*leading]``; None for all.
     stack: Number of stack axes.
     axis_name: Mapped axes that the batch is split over. The sums are taken over all of it.
+    kernel: Name of the kernel leaf that the statistics belong to.
 
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
@@ -174,6 +176,7 @@ def layer_statistics(
     total=total,
     within=sum_over_devices(weight * jnp.sum(deviation * deviation, leading)),
     between=total * total / divisor,
+    kernel=kernel,
   )
 
 
@@ -250,3 +253,19 @@ def merge_call_axes(a: LayerStatistics, axes: tuple[int, ...]) -> LayerStatistic
     return a
   merged = jax.tree.map(lambda x: jnp.sum(x, axes), a)
   return dataclasses.replace(merged, examples=jnp.max(a.examples, axes))
+
+
+def leave_transform(
+  a: LayerStatistics | NoStatistics, axis: int | None
+) -> LayerStatistics | NoStatistics:
+  """Return the statistics of a whole kernel from those that a transform stacked along axis 0.
+
+  Args:
+    a: Statistics of the layers, or calls, inside the transform.
+    axis: Axis along which the kernels are stacked; None for calls of one kernel.
+  """
+  if isinstance(a, NoStatistics):
+    return a
+  if axis is None:
+    return merge_call_axes(a, (0,))
+  return dataclasses.replace(a, layout=a.layout and a.layout.stacked((axis % (a.layout.ndim + 1),)))

@@ -1,53 +1,33 @@
 """BNP for `flax.linen`: the statistics of each layer's inputs, and the table of a model.
 
-Linen calls every method of every module through its interceptors. One interceptor sows the
-statistics of each layer's inputs beside the layer. The model needs no edit, and its outputs and
-gradients do not change.
+Within `sow_statistics`, each layer sows the statistics of its inputs beside its parameters. The
+model needs no edit, and its outputs and gradients do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
-import contextvars
-import functools
-import inspect
 from typing import Any
 
 import flax.linen as nn
-from flax.linen import recurrent
 import jax
-import jax.numpy as jnp
 
-from bnp_optax import _readers
 from bnp_optax._calls import Call
-from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
-from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._layers import (
+  Layers,
+  Observation,
+  make_layers,
+  merge_observations,
+  observe_call,
+)
+from bnp_optax._lifting import leave_observation
+from bnp_optax._linen import register, report, report_calls
+from bnp_optax._reporting import Exclude, Reporter, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import Path, show_path, split_arrays
 
-__all__ = ["layers", "sow_statistics"]
-
-# The reader of each layer, by the method that multiplies by its kernel. A subclass that overrides
-# the method is read where it calls the original one, and not read if it does not.
-_READERS = {
-  inspect.unwrap(layer.__call__): reader
-  for layer, reader in (
-    (nn.Dense, _readers.dense),
-    (nn.DenseGeneral, _readers.dense_general),
-    (nn.Einsum, _readers.einsum),
-    (nn.Conv, _readers.conv),
-    (nn.ConvLocal, _readers.conv),
-    (nn.ConvTranspose, _readers.conv_transpose),
-    # OptimizedLSTMCell passes its inputs to these modules and multiplies them itself.
-    (recurrent.DenseParams, _readers.dense),
-  )
-}
-
-# Wrappers of one layer, which replace its kernel by a function of its parameter.
-_WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
-
-_active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen", default=None)
+__all__ = ["layers", "register", "report", "sow_statistics"]
 
 
 @contextlib.contextmanager
@@ -58,6 +38,7 @@ def sow_statistics(
   mask: Mask = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
+  exclude: Exclude | None = None,
 ) -> Iterator[None]:
   """Sow the statistics of every linear layer's inputs into ``intermediates`` within this context.
 
@@ -69,11 +50,14 @@ def sow_statistics(
 
   Enter it inside the function that is differentiated and jitted, around the call of the model.
 
-  Under `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers,
-  ``variable_axes`` must contain ``"intermediates": 0``. Under `jax.shard_map`, `jax.pmap` and
-  `jax.vmap` over examples, pass the mapped axis as ``axis_name``; the statistics are then those of
-  all examples along it. `flax.linen.vmap` over examples needs ``axis_name`` as well, with
-  ``"intermediates": None`` and ``example_axes=0``.
+  `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers return the
+  intermediates within this context, whatever their ``variable_axes``. A `flax.linen.vmap` with
+  shared parameters may map examples or anything else: it does so only if `examples` is given.
+
+  Under `jax.shard_map`, `jax.pmap` and `jax.vmap` over examples, pass the mapped axis as
+  ``axis_name``; the statistics are then those of all examples along it. `flax.linen.vmap` over
+  examples needs ``axis_name`` as well, with ``"intermediates": None`` in ``variable_axes`` and
+  ``example_axes=0``.
 
   Do not pass sown statistics to the next call of the model, which would count them again.
 
@@ -115,6 +99,9 @@ def sow_statistics(
     exact_windows: Whether convolutions take one mean and variance for each kernel entry, over the
       zero-padded windows (eqs. 19 and 20), instead of one for each channel over the whole map
       (eqs. 21 and 22). Needs ``layers(..., exact_windows=True)``.
+    exclude: Function of a layer and the inputs of one call, ``[*leading, *stack, features]``. It
+      returns True for a call that does not count because its outputs do not reach the loss, as in
+      ``exclude=lambda layer, x: layer.name == "head" and x.ndim == 4``.
 
   Yields:
     None.
@@ -131,7 +118,7 @@ def sow_statistics(
     return show_path(module.path)
 
   with report_calls(
-    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows)
+    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows, exclude)
   ):
     yield
 
@@ -193,20 +180,22 @@ def layers(
   called: dict[Path, str] = {}
 
   def record(module: nn.Module, call: Call) -> Observation:
-    kind, kernel = type(module).__name__, module.get_variable("params", call.kernel)
-    called[(*module.path, call.kernel)] = kind
-    return observe_call(call, kind, jnp.shape(nn.meta.unbox(kernel)))
+    kind = called[(*module.path, call.kernel)] = type(module).__name__
+    return observe_call(call, kind)
 
   arrays, rebuild = split_arrays((init_args, init_kwargs))
 
   def trace(key: jax.Array, arrays: list[Any]) -> tuple[Any, Any]:
     args, kwargs = rebuild(arrays)
-    variables = dict(nn.meta.unbox(model.init(key, *args, **kwargs)))
+    # The model's own init and apply may have been replaced by jitted ones.
+    variables = dict(nn.meta.unbox(type(model).init(model, key, *args, **kwargs)))
     # init takes all positions; a decoding cache would take one at a time.
     for collection in ("intermediates", "cache"):
       variables.pop(collection, None)
-    with report_calls(Reporter(record, merge_observations, exact_windows)):
-      _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
+    with report_calls(Reporter(record, merge_observations, exact_windows, leave=leave_observation)):
+      _, aux = type(model).apply(
+        model, variables, *args, mutable=True, rngs={"params": key}, **kwargs
+      )
     return variables.get("params", {}), aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -215,42 +204,6 @@ def layers(
     params,
     observations,
     called,
-    "its statistics are lost under nn.scan, nn.vmap or nn.RNN: add "
-    '"intermediates": 0 to their variable_axes',
+    "its statistics do not leave the lifted transform around it, such as nn.while_loop",
     strict,
   )
-
-
-@contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[None]:
-  """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
-
-  def interceptor(
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-  ) -> Any:
-    function: Any = getattr(context.orig_method, "func", None)
-    if _active.get() is not reporter or function not in (*_READERS, *_WRAPPERS):
-      return next_fun(*args, **kwargs)
-    module: Any = context.module
-    if function in _WRAPPERS:
-      # Values sown while the wrapper maps the layer's variables are lost. The wrapper reports the
-      # inputs in place of the layer.
-      with activate(_active, None, reporter.key):
-        outputs = next_fun(*args, **kwargs)
-      module = module.layer_instance
-      function = inspect.unwrap(type(module).__call__)
-      kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
-    else:
-      outputs = next_fun(*args, **kwargs)
-    if reader := _READERS.get(function):
-      method = functools.partial(function, module)
-      exact_windows = reporter.exact_windows
-      for call in _readers.read(reader, module, exact_windows, outputs, method, args, kwargs):
-        reporter.sow(module, "intermediates", call)
-    return outputs
-
-  with activate(_active, reporter, reporter.key), nn.intercept_methods(interceptor):
-    yield

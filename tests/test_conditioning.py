@@ -117,10 +117,11 @@ class Scanned(nn.Module):
   """A layer called by a scan over time, with one kernel for all steps or one for each."""
 
   shared: bool
+  told: bool = False
 
   @nn.compact
   def __call__(self, x):
-    axes = {"intermediates": 0} | ({} if self.shared else {"params": 0})
+    axes = ({"intermediates": 0} if self.told else {}) | ({} if self.shared else {"params": 0})
     options = {"variable_broadcast": "params"} if self.shared else {}
     block = nn.scan(
       Block, variable_axes=axes, split_rngs={"params": not self.shared}, length=2, **options
@@ -166,8 +167,8 @@ def test_outputs_are_the_hidden_matrix_times_the_unit(layer, shape):
 
 @pytest.mark.parametrize(
   "model",
-  [Twice(), Scanned(shared=True), Scanned(shared=False)],
-  ids=["twice", "shared", "stacked"],
+  [Twice(), *(Scanned(shared, told) for shared in (True, False) for told in (True, False))],
+  ids=["twice", "shared, told", "shared", "stacked, told", "stacked"],
 )
 def test_hidden_matrix_of_repeated_calls(model):
   """Calls of one kernel are more rows; a kernel for each call is a stack."""

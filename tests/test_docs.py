@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 
+import jax
 import pytest
 
 import bnp_optax
@@ -105,3 +106,15 @@ def test_documentation_builds_and_has_all_public_names(tmp_path):
   expected = set.union(*map(public, modules))
   assert {"bnp_optax.bnp", "bnp_optax.linen.layers", "bnp_optax.nnx.Statistics"} <= expected
   assert not expected - documented
+
+
+@pytest.mark.slow
+def test_the_equinox_example_trains():
+  """Equinox is no dependency; `pip install equinox` runs this."""
+  pytest.importorskip("equinox")
+  page = text(ROOT / "docs" / "howto" / "other_frameworks.md")
+  (example,) = re.findall(r"^```python\n(import.*?)^```", page, re.MULTILINE | re.DOTALL)
+  namespace = {}
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    exec(example, namespace)
+  assert namespace["losses"][-1] < 0.1 * namespace["losses"][0]

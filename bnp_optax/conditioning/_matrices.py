@@ -249,12 +249,11 @@ def _nnx(
     )
 
   def call(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    with report_calls(_MATRICES):
-      module: Any = nnx.merge(model, variables)
-      _, matrices = nnx.capture(module, Statistics)(*args, **kwargs)
-    with sow_statistics():
-      module: Any = nnx.merge(model, variables)
-      _, statistics = nnx.capture(module, Statistics)(*args, **kwargs)
+    found: list[Any] = []
+    for context in (report_calls(_MATRICES), sow_statistics()):
+      with context:
+        found.append(nnx.capture(nnx.merge(model, variables), Statistics)(*args, **kwargs)[1])
+    matrices, statistics = found
     return matrices, statistics
 
   module: Any = nnx.merge(model, variables)
@@ -270,9 +269,8 @@ class _Matrix:
   kernel: str = dataclasses.field(metadata={"static": True})
 
 
-def _record(module: Any, call: Call) -> _Matrix | None:
+def _record(_: Any, call: Call) -> _Matrix | None:
   """Return the matrix of one call; None for a circular transposed convolution."""
-  del module
   if call.problem or (call.layout.window and not call.layout.exact_windows):
     return None
   stack = call.inputs.shape[len(call.leading) : -1]
@@ -287,13 +285,16 @@ def _concatenate(a: _Matrix, b: _Matrix) -> _Matrix:
   return dataclasses.replace(a, H=jnp.concatenate([a.H, b.H], axis=-2))
 
 
-_MATRICES = Reporter(_record, _concatenate, exact_windows=True)
+_MATRICES = Reporter(
+  _record,
+  _concatenate,
+  exact_windows=True,
+  leave=lambda a, axis: dataclasses.replace(a, H=jnp.concatenate(a.H, -2)) if axis is None else a,
+)
 
 
 def _without_outer_axes(H: jax.Array, calls: tuple[int, ...]) -> jax.Array:
   """Merge repeated calls into the rows, and the other outer axes into the stack."""
   outer = [axis for axis in range(H.ndim - 3) if axis not in calls]
   H = H.transpose(*outer, H.ndim - 3, *calls, H.ndim - 2, H.ndim - 1)
-  entries = H.shape[-1]
-  stack = math.prod(H.shape[: len(outer) + 1])
-  return H.reshape(stack, -1, entries)
+  return H.reshape(math.prod(H.shape[: len(outer) + 1]), -1, H.shape[-1])

@@ -1,0 +1,255 @@
+"""The statistics of layers under the lifted transforms of `flax.linen`.
+
+`flax.linen.scan`, `flax.linen.vmap` and `flax.linen.RNN` return only the collections that their
+``variable_axes`` name. While a reporter is active, they return the intermediates as well, and what
+the layers sowed takes the form that it has without the transform. `flax.linen.map_variables` gives
+a layer a function of its parameter; the layouts that the layer reports are then those of the
+parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import contextvars
+import dataclasses
+import functools
+import inspect
+import itertools
+from typing import Any
+
+from flax.core import lift
+from flax.core.scope import Scope, in_filter
+from flax.typing import Out
+import jax
+
+from bnp_optax._calls import PREFIX, Call
+from bnp_optax._layers import Observation
+from bnp_optax._patching import Wrappers
+from bnp_optax._reporting import Reporter, activate
+from bnp_optax._trees import Path
+
+COLLECTION = "intermediates"
+
+_Active = contextvars.ContextVar[Reporter | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lifted:
+  """A scan or vmap.
+
+  Attributes:
+    axis: Axis of the parameters along which it stacks layers; None if it repeats calls of one.
+    added: Whether it returns the intermediates only for BNP.
+    told: Whether its ``variable_axes`` have an axis for the intermediates.
+  """
+
+  axis: int | None
+  added: bool
+  told: bool
+
+
+# A function of a path under a map_variables: for each axis of the kernel, the axis of the parameter
+# at the path that it is. Empty if the parameter is not mapped, None if no axis is another.
+_Mapping = Callable[[Path], tuple[int, ...] | None]
+
+# The transform that is about to be packed, and those that enclose a layer, the innermost last.
+_lifted: contextvars.ContextVar[_Lifted | None] = contextvars.ContextVar("lifted", default=None)
+_outer: contextvars.ContextVar[tuple[_Lifted | _Mapping, ...]] = contextvars.ContextVar(
+  "outer", default=()
+)
+
+
+def wrappers(active: _Active) -> Wrappers:
+  """Return the wrappers of Flax's functions, which act where a reporter is active."""
+  return {
+    (lift, "_split_in_out_axes"): lambda original: _split_with_intermediates(original, active),
+    (lift, "pack"): lambda original: _pack_with_statistics(original, active),
+  }
+
+
+def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> Callable[..., Any]:
+  """Return a function that adds the intermediates to the axes of a scan or vmap."""
+
+  def split(xs: Mapping[Any, Any]) -> Any:
+    reporter = active.get()
+    if reporter is None:
+      return original(xs)
+    axes, own = (
+      [getattr(axis, "axis", axis) for name, axis in xs.items() if in_filter(name, collection)]
+      for collection in ("params", COLLECTION)
+    )
+    # A scan that shares its parameters does not name them here. A vmap does, and may map
+    # examples: their number is then not that of the layers' inputs.
+    known = not axes or axes[0] is not None or reporter.fixed_examples
+    added = known and not own
+    _lifted.set(_Lifted(axes[0] if axes else None, added, told=any(x is not None for x in own)))
+    return original({**xs, COLLECTION: Out(0)} if added else xs)
+
+  return split
+
+
+def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Callable[..., Any]:
+  """Return a function that packs a lifted transform and puts the statistics in order after it."""
+
+  def pack(fn: Any, in_filters: Any, out_filters: Any, *args: Any, **kwargs: Any) -> Any:
+    packed = original(fn, in_filters, out_filters, *args, **kwargs)
+    reporter, lifted = active.get(), _lifted.get()
+    _lifted.set(None)
+    if reporter is None:
+      return packed
+    if kwargs.get("name") == "map_variables":
+      function = inspect.getclosurevars(fn).nonlocals["map_in_fn"]
+      return _within(packed, reporter, functools.partial(_mapping, function, in_filters[0]))
+    if lifted is None:
+      return packed
+    packed = _within(packed, reporter, lambda _: lifted)
+    # The first filter that fits takes a collection, for example that of the transform's own carry.
+    if not lifted.added or any(in_filter(x, COLLECTION) for x in out_filters[:-1]):
+      return packed
+    return _with_merged_statistics(packed, reporter, lifted.axis)
+
+  return pack
+
+
+def _with_merged_statistics(
+  packed: Callable[..., Any], reporter: Reporter, axis: int | None
+) -> Callable[..., Any]:
+  """Return a packed transform after which statistics have the form that they have without it."""
+
+  @functools.wraps(packed)
+  def call(scope_tree: Any, *args: Any, **kwargs: Any) -> Any:
+    scopes = _scopes(scope_tree)
+    earlier = [dict(_sown(scope.variables().get(COLLECTION, {}))) for scope in scopes]
+    outputs = packed(scope_tree, *args, **kwargs)
+    for scope, old in zip(scopes, earlier, strict=True):
+      for path, value in list(_sown(scope.variables().get(COLLECTION, {}))):
+        if value is old.get(path):
+          continue
+        value = reporter.leave(value, axis)
+        if path in old:
+          value = reporter.merge(old[path], value)
+        nested = functools.reduce(lambda inner, name: {name: inner}, path[:0:-1], value)
+        scope.put_variable(COLLECTION, path[0], nested)
+    return outputs
+
+  return call
+
+
+def _within(
+  packed: Callable[..., Any],
+  reporter: Reporter,
+  element: Callable[[tuple[Scope, ...]], _Lifted | _Mapping],
+) -> Callable[..., Any]:
+  """Return a packed transform whose layers find it, described from its scopes, in `_outer`."""
+
+  @functools.wraps(packed)
+  def call(scope_tree: Any, *args: Any, **kwargs: Any) -> Any:
+    outer = (*_outer.get(), element(_scopes(scope_tree)))
+    with activate(_outer, outer, (reporter.key, outer)):
+      return packed(scope_tree, *args, **kwargs)
+
+  return call
+
+
+def _mapping(function: Callable[..., Any], mapped: Any, scopes: tuple[Scope, ...]) -> _Mapping:
+  """Return what `map_variables` with a function does to the axes of the parameter at a path."""
+
+  def axes(path: Path) -> tuple[int, ...] | None:
+    for scope in scopes:
+      if in_filter(mapped, "params") and path[: len(scope.path)] == scope.path:
+        variables = {k: v for k, v in scope.variables().items() if in_filter(mapped, k)}
+        return _mapped_axes(function, variables, path[len(scope.path) :])
+    return ()
+
+  return axes
+
+
+def leave_observation(a: Observation, axis: int | None) -> Observation:
+  """Return the observation of a whole kernel from one that a transform stacked along axis 0.
+
+  Args:
+    a: Observation of the layers, or calls, inside the transform.
+    axis: Axis along which the kernels are stacked; None for calls of one kernel.
+  """
+  length, marker = a.marker.shape[0], a.marker[0]
+  if axis is None:
+    return dataclasses.replace(a, marker=marker, positions=a.positions * length)
+  axis %= len(a.shape) + 1
+  shape = (*a.shape[:axis], length, *a.shape[axis:])
+  layout = a.layout if a.problem else a.layout.stacked((axis,))
+  return dataclasses.replace(a, marker=marker, shape=shape, layout=layout)
+
+
+def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
+  """Return a call whose layout and shape are those of the parameter, not of the mapped kernel.
+
+  Args:
+    call: A call of a layer, as the layer reports it.
+    path: Path of the kernel.
+    biased: Whether the layer has a bias.
+  """
+  transforms = [x for x in _outer.get() if isinstance(x, _Lifted)]
+  problem = ""
+  if any(x.axis and (biased or x.told) for x in transforms):
+    problem = (
+      "nn.scan or nn.vmap does not stack it along axis 0: use variable_axes={'params': 0}, or "
+      "leave out its bias and the intermediates in variable_axes"
+    )
+  elif any(x.added and y.told for x, y in itertools.combinations(transforms, 2)):
+    problem = (
+      "of nested nn.scan or nn.vmap only the inner one has the intermediates in variable_axes: "
+      "leave them out there"
+    )
+  for mapping in reversed(_outer.get()):
+    axes = () if isinstance(mapping, _Lifted) else mapping(path)
+    if axes is None or (axes and len(axes) != call.layout.ndim):
+      problem = problem or (
+        "nn.map_variables computes its kernel from its parameter, and which axis of one is which "
+        "of the other is not known"
+      )
+    elif axes:
+      shape = tuple(call.shape[axes.index(axis)] for axis in range(len(axes)))
+      call = dataclasses.replace(call, layout=call.layout.moved(axes), shape=shape)
+  return dataclasses.replace(call, problem=call.problem or problem)
+
+
+def _mapped_axes(
+  function: Callable[..., Any], variables: dict[str, Any], path: Path
+) -> tuple[int, ...] | None:
+  """Return which axis of a parameter each axis of its image is; None if that is not defined.
+
+  The function is applied to a parameter of the same rank whose axes have different lengths.
+  """
+  keys = ("params", *path)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
+  index = next((i for i, (p, _) in enumerate(leaves) if _names(p) == keys), None)
+  if index is None:
+    return None
+  values = [leaf for _, leaf in leaves]
+  lengths = tuple(range(2, 2 + values[index].ndim))
+  values[index] = jax.ShapeDtypeStruct(lengths, values[index].dtype)
+  try:
+    images = jax.eval_shape(lambda values: function(treedef.unflatten(values)), values)
+  except Exception:
+    return None
+  found = {_names(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(images)[0]}
+  image = found.get(keys, ())
+  return tuple(lengths.index(n) for n in image) if sorted(image) == list(lengths) else None
+
+
+def _names(keys: tuple[Any, ...]) -> Path:
+  return tuple(str(key.key) for key in keys if hasattr(key, "key"))
+
+
+def _scopes(scope_tree: Any) -> tuple[Scope, ...]:
+  """Return the scopes whose variables a transform lifts."""
+  return lift._dedup_scopes(jax.tree.leaves(scope_tree))[0]  # pyright: ignore[reportPrivateUsage]
+
+
+def _sown(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+  """Yield what layers sowed, with its path."""
+  for name, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _sown(value, (*path, name))
+    elif name.startswith(PREFIX):
+      yield (*path, name), value

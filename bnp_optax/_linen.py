@@ -1,0 +1,209 @@
+"""The hooks of `flax.linen`: every call of a linear layer reaches the active reporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import flax.linen as nn
+from flax.linen import recurrent
+import jax
+import jax.numpy as jnp
+
+from bnp_optax import _readers
+from bnp_optax._calls import Call
+from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
+from bnp_optax._lifting import COLLECTION, refer_to_parameter, wrappers
+from bnp_optax._patching import Patches, Wrappers
+from bnp_optax._reporting import Reporter, activate
+from bnp_optax._trees import show_path
+
+# Reads the calls of one layer: read(layer, exact_windows, outputs, method, args, kwargs).
+_Read = Callable[..., list[Call]]
+
+# The readers of each layer, by the method that multiplies by its kernels. A subclass that overrides
+# the method is read where it calls the original one, and not read if it does not.
+_READERS: dict[Callable[..., Any], dict[str, _Read]] = {
+  inspect.unwrap(layer.__call__): {"kernel": functools.partial(_readers.read, reader)}
+  for layer, reader in (
+    (nn.Dense, _readers.dense),
+    (nn.DenseGeneral, _readers.dense_general),
+    (nn.Einsum, _readers.einsum),
+    (nn.Conv, _readers.conv),
+    (nn.ConvLocal, _readers.conv),
+    (nn.ConvTranspose, _readers.conv_transpose),
+    # OptimizedLSTMCell passes its inputs to these modules and multiplies them itself.
+    (recurrent.DenseParams, _readers.dense),
+  )
+}
+
+# Wrappers of one layer, which replace its kernel by a function of its parameter.
+_WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
+
+_active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen", default=None)
+_patches = Patches()
+
+
+def register(
+  layer_class: type[nn.Module],
+  equation: Equation,
+  *,
+  kernel: str = "kernel",
+  bias: str | None = "bias",
+  method: str = "__call__",
+) -> None:
+  """Register a class of linear layers that are not Linen's own.
+
+  From then on `sow_statistics` and `layers` cover it. The model needs no edit. An equation, as in
+  `jax.numpy.einsum`, gives the axes of the product of inputs and kernel their meaning: an axis of
+  the inputs alone is one of examples or positions, an axis that is summed is one of features, an
+  axis of the kernel and of both others is a stack of independent linear maps. A class with several
+  kernels is registered once for each.
+
+  Examples:
+    >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> class Projection(nn.Module):
+    ...   features: int
+    ...   @nn.compact
+    ...   def __call__(self, x):
+    ...     w = self.param("w", nn.initializers.lecun_normal(), (self.features, x.shape[-1]))
+    ...     return x @ w.T + self.param("b", nn.initializers.zeros, (self.features,))
+    >>> bnp_optax.linen.register(Projection, "...d,fd->...f", kernel="w", bias="b")
+    >>> layers = bnp_optax.linen.layers(Projection(3), jnp.ones((4, 2)))
+    >>> layers[("w",)].feature, layers[("w",)].output
+    ((1,), (0,))
+
+    A layer that takes the equation as an argument:
+
+    >>> class Einsum(nn.Module):
+    ...   shape: tuple[int, ...]
+    ...   @nn.compact
+    ...   def __call__(self, equation, x):
+    ...     return jnp.einsum(equation, x, self.param("w", nn.initializers.normal(), self.shape))
+    >>> bnp_optax.linen.register(
+    ...   Einsum, lambda layer, equation, x: (x, equation), kernel="w", bias=None)
+    >>> len(bnp_optax.linen.layers(Einsum((2, 5, 3)), "bd,hdk->bhk", jnp.ones((4, 5))))
+    1
+
+  Args:
+    layer_class: The class. A subclass that overrides the method is covered where it calls the
+      original one.
+    equation: The equation of the inputs, which are the method's first argument, and the kernel. Or
+      a function of the layer and the method's arguments that returns the inputs, as they are
+      multiplied, and the equation.
+    kernel: Name of the parameter that is the kernel.
+    bias: Name of the parameter that is added to the product, of the shape of the stack and output
+      axes; None without. A layer may lack it, for example with ``use_bias=False``.
+    method: Name of the method that multiplies.
+
+  Raises:
+    ValueError: If the equation is not one of inputs and kernel, or if the class does not define the
+      method. While tracing a model, if a layer of the class has no such kernel, or if shapes do not
+      fit the equation; the message names the layer.
+  """
+  check_registration(layer_class, equation, method)
+  readers = _READERS.setdefault(inspect.unwrap(vars(layer_class)[method]), {})
+  readers[kernel] = equation_reader(equation, kernel, bias, _own_call)
+
+
+def report(
+  module: nn.Module, kernel: str, inputs: jax.Array, equation: str, *, bias: str | None = None
+) -> None:
+  """Report a product of inputs and a kernel from inside of one's own module.
+
+  Outside of `sow_statistics` and `layers` it does nothing.
+
+  Examples:
+    >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> class Gated(nn.Module):
+    ...   @nn.compact
+    ...   def __call__(self, x):
+    ...     gate = self.param("gate", nn.initializers.normal(), (2, 8))
+    ...     down = self.param("down", nn.initializers.normal(), (8, 2))
+    ...     bnp_optax.linen.report(self, "gate", x, "...d,df->...f")
+    ...     h = nn.gelu(x @ gate)
+    ...     bnp_optax.linen.report(self, "down", h, "...f,fd->...d")
+    ...     return h @ down
+    >>> list(bnp_optax.linen.layers(Gated(), jnp.ones((4, 2))))
+    [('down',), ('gate',)]
+
+  Args:
+    module: The module that has the kernel among its parameters.
+    kernel: As in `register`.
+    inputs: The inputs that the kernel is multiplied by.
+    equation: The equation of the product, as in `register`.
+    bias: As in `register`.
+
+  Raises:
+    ValueError: While tracing, if the module has no such kernel, or if shapes do not fit the
+      equation. The message names the layer.
+  """
+  if (reporter := _active.get()) is not None:
+    _sow(reporter, module, _own_call(module, kernel, inputs, equation, bias))
+
+
+def _own_call(
+  layer: nn.Module, kernel: str, inputs: jax.Array, equation: str, bias: str | None
+) -> Call:
+  shapes = {name: jnp.shape(x) for name, x in _parameters(layer).items() if hasattr(x, "shape")}
+  return own_call(show_path(layer.path), shapes, kernel, inputs, equation, bias)
+
+
+def _parameters(layer: nn.Module) -> dict[str, Any]:
+  return dict(nn.meta.unbox(layer.variables.get("params", {})))
+
+
+def _sow(reporter: Reporter, layer: nn.Module, call: Call) -> None:
+  """Sow the record of a call beside its kernel."""
+  parameters = _parameters(layer)
+  call = dataclasses.replace(call, shape=jnp.shape(parameters[call.kernel]))
+  call = refer_to_parameter(call, (*layer.path, call.kernel), call.layout.bias in parameters)
+  reporter.sow(layer, COLLECTION, call)
+
+
+@contextlib.contextmanager
+def report_calls(reporter: Reporter) -> Iterator[None]:
+  """Pass every call of a linear layer to ``reporter`` within this context."""
+  # An interceptor would see the inputs before those that are inside of it change them.
+  hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **wrappers(_active)}
+  with activate(_active, reporter, reporter.key), _patches.applied(hooks):
+    yield
+
+
+def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:
+  """Return a function that calls a method of a module and reports the call."""
+
+  def call_wrapped_method(
+    self: nn.Module, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+  ) -> Any:
+    function, reporter = inspect.unwrap(fun), _active.get()
+    if reporter is None or function not in (*_READERS, *_WRAPPERS):
+      return original(self, fun, args, kwargs)
+
+    @functools.wraps(fun)
+    def call_and_report(layer: Any, *args: Any, **kwargs: Any) -> Any:
+      # Values sown while a wrapper maps the layer's variables are lost. The wrapper reports the
+      # inputs in place of the layer.
+      wraps_layer = function in _WRAPPERS
+      inner = activate(_active, None, reporter.key) if wraps_layer else contextlib.nullcontext()
+      with inner:
+        outputs = fun(layer, *args, **kwargs)
+      read = function
+      if wraps_layer:
+        layer = layer.layer_instance
+        read = inspect.unwrap(type(layer).__call__)
+        kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+      for reader in _READERS.get(read, {}).values():
+        method = functools.partial(read, layer)
+        for call in reader(layer, reporter.exact_windows, outputs, method, args, kwargs):
+          _sow(reporter, layer, call)
+      return outputs
+
+    return original(self, call_and_report, args, kwargs)
+
+  return call_wrapped_method

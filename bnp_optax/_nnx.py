@@ -1,0 +1,183 @@
+"""The hooks of `flax.nnx`: every call of a linear layer reaches the active reporter.
+
+NNX has no interceptors. While a context is open in any thread, the method of each linear layer's
+class is replaced by a function that also reports the call to the context of its own thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+
+from bnp_optax import _readers
+from bnp_optax._calls import Call
+from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
+from bnp_optax._layout import KernelLayout
+from bnp_optax._patching import Patches, Wrappers
+from bnp_optax._reporting import Reporter, activate
+
+
+class Statistics(nnx.Variable[Any]):
+  """Variable type of the statistics. Capture it with ``nnx.capture(model, Statistics)``."""
+
+
+def _lora(layer: nnx.LoRA, outputs: Any, exact_windows: bool, x: jax.Array) -> list[Call]:
+  """Read LoRA as two consecutive linear maps."""
+  del outputs, exact_windows
+  h, a = layer.promote_dtype((x, layer.lora_a[...]), dtype=layer.dtype)
+  return [
+    Call(KernelLayout(), x, kernel="lora_a"),
+    Call(KernelLayout(), h @ a, kernel="lora_b"),
+  ]
+
+
+# Reads the calls of one layer: read(layer, exact_windows, outputs, method, args, kwargs).
+_Read = Callable[..., list[Call]]
+
+# The readers of each layer, by the class and the method that multiplies by its kernels.
+_READERS: dict[tuple[type[nnx.Module], str], dict[str, _Read]] = {
+  (layer, "__call__"): {"kernel": functools.partial(_readers.read, reader)}
+  for layer, reader in (
+    (nnx.Linear, _readers.dense),
+    (nnx.LinearGeneral, _readers.dense_general),
+    (nnx.Einsum, _readers.einsum),
+    (nnx.Conv, _readers.conv),
+    (nnx.ConvTranspose, _readers.conv_transpose),
+    (nnx.LoRA, _lora),
+  )
+}
+
+# A function that reports a call of a module to the reporter of this thread, and the reporter.
+_active: contextvars.ContextVar[Any] = contextvars.ContextVar("nnx", default=None)
+_patches = Patches()
+
+
+def register(
+  layer_class: type[nnx.Module],
+  equation: Equation,
+  *,
+  kernel: str = "kernel",
+  bias: str | None = "bias",
+  method: str = "__call__",
+) -> None:
+  """Register a class of linear layers that are not NNX's own.
+
+  It is `bnp_optax.linen.register` for NNX. The parameters are attributes of the layer.
+
+  Examples:
+    >>> import bnp_optax, jax, jax.numpy as jnp
+    >>> from flax import nnx
+    >>> class Projection(nnx.Module):
+    ...   def __init__(self, rngs):
+    ...     self.weight = nnx.Param(jax.random.normal(rngs.params(), (3, 2)))
+    ...   def __call__(self, x):
+    ...     return x @ self.weight[...].T
+    >>> bnp_optax.nnx.register(Projection, "...d,fd->...f", kernel="weight", bias=None)
+    >>> layers = bnp_optax.nnx.layers(Projection(nnx.Rngs(0)), jnp.ones((4, 2)))
+    >>> layers[("weight",)].feature, layers[("weight",)].output
+    ((1,), (0,))
+
+  Args:
+    layer_class: As in `bnp_optax.linen.register`.
+    equation: As in `bnp_optax.linen.register`.
+    kernel: As in `bnp_optax.linen.register`.
+    bias: As in `bnp_optax.linen.register`.
+    method: As in `bnp_optax.linen.register`.
+
+  Raises:
+    ValueError: As in `bnp_optax.linen.register`.
+  """
+  check_registration(layer_class, equation, method)
+  readers = _READERS.setdefault((layer_class, method), {})
+  readers[kernel] = equation_reader(equation, kernel, bias, _own_call)
+
+
+def report(
+  module: nnx.Module, kernel: str, inputs: jax.Array, equation: str, *, bias: str | None = None
+) -> None:
+  """Report a product of inputs and a kernel from inside of one's own module.
+
+  It is `bnp_optax.linen.report` for NNX.
+
+  Args:
+    module: As in `bnp_optax.linen.report`.
+    kernel: As in `bnp_optax.linen.report`.
+    inputs: As in `bnp_optax.linen.report`.
+    equation: As in `bnp_optax.linen.report`.
+    bias: As in `bnp_optax.linen.report`.
+
+  Raises:
+    ValueError: As in `bnp_optax.linen.report`.
+  """
+  if (active := _active.get()) is not None:
+    report_call, _ = active
+    report_call(module, _own_call(module, kernel, inputs, equation, bias))
+
+
+def _own_call(
+  layer: nnx.Module, kernel: str, inputs: jax.Array, equation: str, bias: str | None
+) -> Call:
+  shapes = {k: x.shape for k, x in vars(layer).items() if isinstance(x, nnx.Param)}
+  return own_call(type(layer).__name__, shapes, kernel, inputs, equation, bias)
+
+
+@contextlib.contextmanager
+def report_calls(reporter: Reporter) -> Iterator[None]:
+  """Pass every call of a linear layer to ``reporter`` within this context."""
+  owners: dict[int, tuple[Any, nnx.Module]] = {}
+
+  def report(module: nnx.Module, call: Call) -> None:
+    kernel = getattr(module, call.kernel)
+    # A reference to the kernel keeps its id from being reused.
+    _, owner = owners.setdefault(id(kernel), (kernel, module))
+    if owner is not module:
+      raise ValueError(
+        f"Layer {describe(module, call)} shares its {call.kernel} with another module. Their "
+        "statistics would be attributed to one of them: share the module instead of the Param."
+      )
+    if not any(type(captured) is Statistics for captured in getattr(module, "__captures__", ())):
+      raise ValueError(
+        f"Layer {describe(module, call)} is called within sow_statistics, but its statistics are "
+        "not captured: call the model through nnx.capture(model, bnp_optax.nnx.Statistics), and "
+        "call models that are not trained outside of the context."
+      )
+    reporter.sow(module, Statistics, dataclasses.replace(call, shape=kernel.shape))
+
+  methods: Wrappers = {
+    target: functools.partial(_reporting_method, readers=readers)
+    for target, readers in _READERS.items()
+  }
+  with activate(_active, (report, reporter), reporter.key), _patches.applied(methods):
+    yield
+
+
+def _reporting_method(
+  original: Callable[..., Any], readers: Mapping[str, _Read]
+) -> Callable[..., Any]:
+  """Return a method that calls the original one and reports the call."""
+
+  @functools.wraps(original)
+  def call_and_report(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    outputs = original(self, *args, **kwargs)
+    if (active := _active.get()) is not None:
+      report, reporter = active
+      method, exact_windows = original.__get__(self), reporter.exact_windows
+      for read in readers.values():
+        for call in read(self, exact_windows, outputs, method, args, kwargs):
+          report(self, call)
+    return outputs
+
+  return call_and_report
+
+
+def describe(module: nnx.Module, call: Call) -> str:
+  """Return what errors call a layer. An NNX module has no path."""
+  kernel: Any = getattr(module, call.kernel)
+  return f"{type(module).__name__} with {call.kernel} of shape {kernel.shape}"
