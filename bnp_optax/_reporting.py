@@ -6,7 +6,7 @@ variable, the framework's hooks (see `linen` and `nnx`) pass it every call of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 import contextlib
 import contextvars
 import dataclasses
@@ -27,6 +27,7 @@ from bnp_optax._statistics import (
   layer_statistics,
   merge_two_calls,
 )
+from bnp_optax._trees import Path, show_path
 
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
 # or with other ones, is traced again.
@@ -80,30 +81,63 @@ def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -
     variable.reset(token)
 
 
+class Masks:
+  """The mask of each layer: one for all, or that of the longest prefix of the layer's path.
+
+  Args:
+    mask: A mask, None, or a mapping from prefixes, such as ``"encoder/layer_0"``, to either.
+  """
+
+  def __init__(self, mask: Mask | Mapping[str, Mask]) -> None:
+    """Convert the masks to arrays of booleans."""
+    by_prefix = mask if isinstance(mask, Mapping) else {"": mask}
+    self._masks = {
+      tuple(filter(None, prefix.split("/"))): None if x is None else jnp.asarray(x).astype(bool)
+      for prefix, x in by_prefix.items()
+    }
+    self._unused = set(self._masks)
+    # A function that was traced under an equal key would not report its calls to check_prefixes.
+    self.key: Hashable = object() if isinstance(mask, Mapping) else _array_key(self._masks[()])
+
+  def of_layer(self, path: Path) -> jax.Array | None:
+    """Return the mask of the layer at a path; None if it has none."""
+    prefixes = [prefix for prefix in self._masks if path[: len(prefix)] == prefix]
+    self._unused.difference_update(prefixes)
+    return self._masks[max(prefixes, key=len)] if prefixes else None
+
+  def check_prefixes(self) -> None:
+    """Raise ValueError if no layer that was called has a path with one of the prefixes."""
+    if unused := ", ".join(map(show_path, sorted(self._unused - {()}))):
+      raise ValueError(
+        f"mask= has prefixes of no layer that was called: {unused}. A prefix is the start of a "
+        "layer's path in the table of bnp_optax.linen.layers(model, *inputs)."
+      )
+
+
 def statistics_reporter(
-  describe: Callable[[Any, Call], str],
+  locate: Callable[[Any, Call], Path],
   examples: int | jax.Array | None,
   example_axes: int,
-  mask: Mask,
+  masks: Masks,
   axis_name: AxisName | None,
   exact_windows: bool,
 ) -> Reporter:
   """Return the reporter of `LayerStatistics`.
 
   Args:
-    describe: Returns the name of the layer of a call in errors.
+    locate: Returns the path of the layer of a call, for its mask and for errors.
     examples: Number of examples of every layer; None to count them along each layer's axes.
     example_axes: Number of leading axes that count examples.
-    mask: Nonzero for the leading positions that count; None for all.
+    masks: Nonzero for the leading positions that count.
     axis_name: Mapped axes that the batch is split over; None if it is whole.
     exact_windows: As in `Reporter`.
   """
-  present = None if mask is None else jnp.asarray(mask).astype(bool)
   counted: dict[int, str] = {}
 
   def record(module: Any, call: Call) -> LayerStatistics | NoStatistics:
-    name = describe(module, call)
-    statistics = _call_statistics(call, name, examples, example_axes, present, axis_name)
+    path = locate(module, call)
+    name, mask = show_path(path), masks.of_layer(path)
+    statistics = _call_statistics(call, name, examples, example_axes, mask, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
       if len(counted) > 1:
@@ -114,7 +148,7 @@ def statistics_reporter(
         )
     return statistics
 
-  key = (_array_key(examples), example_axes, axis_name, exact_windows, _array_key(present))
+  key = (_array_key(examples), example_axes, axis_name, exact_windows, masks.key)
   return Reporter(record, merge_two_calls, exact_windows, key)
 
 
@@ -144,14 +178,8 @@ def _call_statistics(
   example_shape = call.example_shape(example_axes)
   if inputs.size == 0:
     raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
-  if mask is not None and leading[: mask.ndim] != mask.shape:
-    if len(leading) > len(example_shape):
-      return NoStatistics(
-        call.kernel,
-        f"the mask of shape {mask.shape} does not fit its inputs of shape {inputs.shape}: it must "
-        "be the leading shape of the inputs",
-      )
-    mask = None
+  if mask is not None:
+    mask = _fit_mask(mask, name, inputs.shape, leading)
   if examples is None:
     examples = math.prod(example_shape)
     if mask is not None:
@@ -169,3 +197,22 @@ def _call_statistics(
     axis_name=axis_name,
   )
   return dataclasses.replace(statistics, kernel=call.kernel, layout=call.layout)
+
+
+def _fit_mask(
+  mask: jax.Array, name: str, shape: tuple[int, ...], leading: tuple[int, ...]
+) -> jax.Array:
+  """Return a mask without the axes that the inputs of a layer lack: a position counts if any does.
+
+  Raises:
+    ValueError: If neither the mask nor the leading shape of the inputs begins with the other.
+  """
+  common = min(mask.ndim, len(leading))
+  if mask.shape[:common] != leading[:common]:
+    raise ValueError(
+      f"Layer {name}: the mask of shape {mask.shape} does not fit its inputs of shape {shape}. It "
+      "must be the leading shape of the inputs, or begin with it. Give the layers their own masks "
+      'by the prefixes of their paths, as in mask={"encoder": mask, "decoder": None} (Linen), or '
+      "call the layer within its own sow_statistics context."
+    )
+  return jnp.any(mask, tuple(range(common, mask.ndim)))

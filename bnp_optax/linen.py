@@ -7,7 +7,7 @@ gradients do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import contextvars
 import functools
@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
-from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
-from bnp_optax._trees import Path, show_path, split_arrays
+from bnp_optax._trees import Path, split_arrays
 
 __all__ = ["layers", "sow_statistics"]
 
@@ -55,7 +55,7 @@ def sow_statistics(
   *,
   examples: int | jax.Array | None = None,
   example_axes: int = 1,
-  mask: Mask = None,
+  mask: Mask | Mapping[str, Mask] = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
 ) -> Iterator[None]:
@@ -106,9 +106,11 @@ def sow_statistics(
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
     mask: True, or nonzero, for positions that count and False for padding. Its shape is the leading
-      shape of the inputs, such as ``[batch, time]``. Layers whose inputs have only the example axes
-      are not masked, for example a head after pooling or a recurrent cell inside a scan over time.
-      An example without positions that count is not counted.
+      shape of the inputs of every layer, such as ``[batch, time]``, or begins with it: for inputs
+      ``[batch, features]``, as those of a head after pooling or of a recurrent cell inside a scan
+      over time, an example counts if any of its positions does. A mapping from prefixes of the
+      layers' paths to masks or None gives each layer the mask of its longest prefix, as in
+      ``{"encoder": mask, "decoder": None, "": other}``. A layer without a prefix has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
       `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch and are equal along the axis.
@@ -120,20 +122,22 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: While tracing, if a layer's inputs have no rows, or if layers disagree about the
-      number of examples. Inputs that are complex, or do not
-      fit `mask`, are an error in ``update`` of an optimizer that needs the layer's statistics.
+    ValueError: While tracing, if a layer's inputs have no rows or do not fit `mask`, if a prefix in
+      `mask` is that of no layer, or if layers disagree about the number of examples. Inputs that
+      are complex are an error in ``update`` of an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
 
-  def describe(module: nn.Module, call: Call) -> str:
+  def locate(module: nn.Module, call: Call) -> Path:
     del call
-    return show_path(module.path)
+    return module.path
 
+  masks = Masks(mask)
   with report_calls(
-    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows)
+    statistics_reporter(locate, examples, example_axes, masks, axis_name, exact_windows)
   ):
     yield
+  masks.check_prefixes()
 
 
 def layers(

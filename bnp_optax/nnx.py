@@ -8,7 +8,7 @@ own thread. The originals are restored when the last context closes. The statist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import contextvars
 import threading
@@ -21,9 +21,9 @@ from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
-from bnp_optax._trees import split_arrays
+from bnp_optax._trees import Path, split_arrays
 
 __all__ = ["Statistics", "layers", "sow_statistics"]
 
@@ -117,7 +117,8 @@ def sow_statistics(
   Args:
     examples: As in `bnp_optax.linen.sow_statistics`.
     example_axes: As in `bnp_optax.linen.sow_statistics`.
-    mask: As in `bnp_optax.linen.sow_statistics`.
+    mask: As in `bnp_optax.linen.sow_statistics`, but not a mapping: an NNX module has no path. Call
+      a part of the model that has another mask within its own context, inside the model.
     axis_name: As in `bnp_optax.linen.sow_statistics`.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
 
@@ -126,13 +127,22 @@ def sow_statistics(
 
   Raises:
     ValueError: While tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
-      if its inputs have no rows, or if layers disagree about the number of examples. Inputs that
-      are complex, or do not fit `mask`, are an error in ``update`` of an optimizer that needs the
+      if its inputs have no rows or do not fit `mask`, or if layers disagree about the number of
+      examples. Inputs that are complex are an error in ``update`` of an optimizer that needs the
       layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
+  if isinstance(mask, Mapping):
+    raise ValueError(
+      "mask= is a mapping, but an NNX module has no path that a prefix could match. Call each part "
+      "of the model within its own sow_statistics(mask=...) context, inside the model."
+    )
+
+  def locate(module: nnx.Module, call: Call) -> Path:
+    return (_describe(module, call),)
+
   with report_calls(
-    statistics_reporter(_describe, examples, example_axes, mask, axis_name, exact_windows)
+    statistics_reporter(locate, examples, example_axes, Masks(mask), axis_name, exact_windows)
   ):
     yield
 

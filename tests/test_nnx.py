@@ -593,3 +593,11 @@ def test_missing_layers_are_named_with_their_kernels():
   stats = {"layer_statistics": bnp_optax.LayerStatistics(*[jnp.ones(2)] * 5)}
   with pytest.raises(ValueError, match="No statistics for lora_a, lora_b"):
     tx.update(params, tx.init(params), stats=stats)
+
+
+def test_masks_by_prefix_are_refused():
+  with (
+    pytest.raises(ValueError, match="an NNX module has no path"),
+    sow_statistics(mask={"encoder": np.ones(3)}),
+  ):
+    pass
