@@ -27,7 +27,7 @@ from bnp_optax._statistics import (
   layer_statistics,
   merge_two_calls,
 )
-from bnp_optax._trees import Path, show_path
+from bnp_optax._trees import Path, has_prefix, show_path
 
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
 # or with other ones, is traced again.
@@ -43,12 +43,21 @@ class Reporter:
     merge: Merges the values of two calls of one layer.
     exact_windows: Whether the rows of a convolution are its windows.
     key: Functions traced under an equal key are reused. The default is equal to no other.
+    covers_nested: Whether it also reports the calls within contexts that the model enters itself.
   """
 
   record: Callable[[Any, Call], Any]
   merge: Callable[[Any, Any], Any]
   exact_windows: bool
   key: Hashable = dataclasses.field(default_factory=object)
+  covers_nested: bool = False
+
+  def nested(self, inner: Reporter) -> Reporter:
+    """Return the reporter of a context of ``inner`` that is entered within one of this reporter."""
+    if not self.covers_nested:
+      return inner
+    exact_windows, key = self.exact_windows or inner.exact_windows, (self.key, inner.key)
+    return dataclasses.replace(self, exact_windows=exact_windows, key=key)
 
   def sow(self, module: Any, collection: Any, call: Call) -> None:
     """Sow the record of a call beside its kernel, merged with those of earlier calls."""
@@ -92,26 +101,33 @@ class Masks:
     """Convert the masks to arrays of booleans."""
     by_prefix = mask if isinstance(mask, Mapping) else {"": mask}
     self._masks = {
-      tuple(filter(None, prefix.split("/"))): None if x is None else jnp.asarray(x).astype(bool)
-      for prefix, x in by_prefix.items()
+      prefix: None if x is None else jnp.asarray(x).astype(bool) for prefix, x in by_prefix.items()
     }
-    self._unused = set(self._masks)
+    self._unused = {prefix for prefix in self._masks if prefix}
     # A function that was traced under an equal key would not report its calls to check_prefixes.
-    self.key: Hashable = object() if isinstance(mask, Mapping) else _array_key(self._masks[()])
+    self.key: Hashable = object() if isinstance(mask, Mapping) else _array_key(self._masks[""])
 
   def of_layer(self, path: Path) -> jax.Array | None:
     """Return the mask of the layer at a path; None if it has none."""
-    prefixes = [prefix for prefix in self._masks if path[: len(prefix)] == prefix]
+    prefixes = [prefix for prefix in self._masks if has_prefix(path, prefix)]
     self._unused.difference_update(prefixes)
     return self._masks[max(prefixes, key=len)] if prefixes else None
 
   def check_prefixes(self) -> None:
     """Raise ValueError if no layer that was called has a path with one of the prefixes."""
-    if unused := ", ".join(map(show_path, sorted(self._unused - {()}))):
+    if self._unused:
       raise ValueError(
-        f"mask= has prefixes of no layer that was called: {unused}. A prefix is the start of a "
-        "layer's path in the table of bnp_optax.linen.layers(model, *inputs)."
+        f"mask= has prefixes of no layer that was called: {', '.join(sorted(self._unused))}. A "
+        "prefix is the start of a layer's path in the table of bnp_optax.linen.layers(model, "
+        "*inputs)."
       )
+
+
+def with_axes(function: Callable[..., Any], axis_name: AxisName | None) -> Callable[..., Any]:
+  """Return a function that calls another one under mapped axes of size 1, unbatched."""
+  for name in (axis_name,) if isinstance(axis_name, str) else axis_name or ():
+    function = jax.vmap(function, in_axes=None, out_axes=None, axis_name=name, axis_size=1)
+  return function
 
 
 def statistics_reporter(

@@ -7,7 +7,7 @@ gradients do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import contextvars
 import functools
@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from bnp_optax import _readers
 from bnp_optax._calls import Call
-from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
-from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
+from bnp_optax._layers import Layers
+from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
+from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import Path, split_arrays
 
@@ -43,6 +44,11 @@ _READERS = {
     (recurrent.DenseParams, _readers.dense),
   )
 }
+
+_NORMS = (
+  *(nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm),
+  nn.WeightNorm,
+)
 
 # Wrappers of one layer, which replace its kernel by a function of its parameter.
 _WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
@@ -133,17 +139,19 @@ def sow_statistics(
     return module.path
 
   masks = Masks(mask)
-  with report_calls(
-    statistics_reporter(locate, examples, example_axes, masks, axis_name, exact_windows)
-  ):
+  reporter = statistics_reporter(locate, examples, example_axes, masks, axis_name, exact_windows)
+  with report_calls(reporter) as active:
     yield
-  masks.check_prefixes()
+  if active is reporter:
+    masks.check_prefixes()
 
 
 def layers(
   model: nn.Module,
   *init_args: Any,
   strict: bool = False,
+  ignore: Collection[str] = (),
+  axis_name: AxisName | None = None,
   exact_windows: bool = False,
   **init_kwargs: Any,
 ) -> Layers:
@@ -165,17 +173,17 @@ def layers(
     >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     >>> layers = bnp_optax.linen.layers(Model(), tokens)
     >>> print(layers)
-    path                    kind          shape  inputs  positions  preconditioned
-    ----------------------------------------------------------------------------------------------
-    attention/key/kernel    DenseGeneral  8x2x4  4x6x8           6  yes
-    attention/out/kernel    DenseGeneral  2x4x8  4x6x8           6  yes
-    attention/query/kernel  DenseGeneral  8x2x4  4x6x8           6  yes
-    attention/value/kernel  DenseGeneral  8x2x4  4x6x8           6  yes
-    embed/embedding                       50x8                      passes through
-    head/kernel             Dense         8x50   4x6x8           6  yes, without bias: not centred
-    norm/bias                             8                         passes through
-    norm/scale                            8                         passes through
-    5 layers, 688 of 1,104 parameters
+    path                    kind          shape  inputs  calls  positions  preconditioned
+    -----------------------------------------------------------------------------------------------------
+    attention/key/kernel    DenseGeneral  8x2x4  4x6x8       1          6  yes
+    attention/out/kernel    DenseGeneral  2x4x8  4x6x8       1          6  yes
+    attention/query/kernel  DenseGeneral  8x2x4  4x6x8       1          6  yes
+    attention/value/kernel  DenseGeneral  8x2x4  4x6x8       1          6  yes
+    embed/embedding         Embed         50x8                             passes through
+    head/kernel             Dense         8x50   4x6x8       1          6  yes, without bias: not centred
+    norm/bias               LayerNorm     8                                passes through
+    norm/scale              LayerNorm     8                                passes through
+    5 layers, 688 of 1,104 parameters (62.3%)
     >>> layers[("attention", "key", "kernel")].output
     (1, 2)
 
@@ -183,7 +191,12 @@ def layers(
     model: The model.
     *init_args: Arguments of ``model.init`` after the random key; arrays may be
       `jax.ShapeDtypeStruct`.
-    strict: Whether to raise if there is a linear layer that BNP cannot precondition.
+    strict: Whether to raise if BNP does not reach a parameter of two and more axes. Embeddings, the
+      parameters of norms and those in `ignore` may pass through.
+    ignore: Prefixes of the paths of parameters that are to train without BNP, such as
+      ``["positions", "decoder/router"]``.
+    axis_name: Name of a mapped axis that the model needs, or a tuple of names, as for
+      ``nn.BatchNorm(axis_name=...)``. The model is traced for one part.
     exact_windows: As in `sow_statistics`.
     **init_kwargs: Keyword arguments of ``model.init``, such as ``train=False`` or ``method``.
 
@@ -192,14 +205,30 @@ def layers(
     table of all parameters.
 
   Raises:
-    ValueError: If `strict` and a linear layer cannot be covered. The message names each and why.
+    ValueError: If `strict` and a parameter is not covered, or if a prefix in `ignore` is that of no
+      parameter. The message names each.
   """
   called: dict[Path, str] = {}
+  owners: dict[Path, Owner] = {}
 
   def record(module: nn.Module, call: Call) -> Observation:
     kind, kernel = type(module).__name__, module.get_variable("params", call.kernel)
     called[(*module.path, call.kernel)] = kind
     return observe_call(call, kind, jnp.shape(nn.meta.unbox(kernel)))
+
+  def note_owner(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    outputs, module = next_fun(*args, **kwargs), context.module
+    if module.scope is not None:
+      for name, x in nn.meta.unbox(module.variables).get("params", {}).items():
+        if not isinstance(x, Mapping):
+          owner = Owner.of(module, name, jnp.ndim(x), nn.Embed, _NORMS)
+          owners.setdefault((*module.path, name), owner)
+    return outputs
 
   arrays, rebuild = split_arrays((init_args, init_kwargs))
 
@@ -209,25 +238,34 @@ def layers(
     # init takes all positions; a decoding cache would take one at a time.
     for collection in ("intermediates", "cache"):
       variables.pop(collection, None)
-    with report_calls(Reporter(record, merge_observations, exact_windows)):
+    reporter = Reporter(record, merge_observed, exact_windows, covers_nested=True)
+    with report_calls(reporter), nn.intercept_methods(note_owner):
       _, aux = model.apply(variables, *args, mutable=True, rngs={"params": key}, **kwargs)
     return variables.get("params", {}), aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
-  params, observations = jax.eval_shape(trace, key, arrays)
+  params, observations = jax.eval_shape(with_axes(trace, axis_name), key, arrays)
   return make_layers(
     params,
     observations,
     called,
+    owners,
     "its statistics are lost under nn.scan, nn.vmap or nn.RNN: add "
     '"intermediates": 0 to their variable_axes',
     strict,
+    ignore,
   )
 
 
 @contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[None]:
-  """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
+def report_calls(reporter: Reporter) -> Iterator[Reporter]:
+  """Pass every call of a linear layer to ``reporter`` within this context. Not public.
+
+  Yields:
+    The reporter of this context: that of an outer one if it covers nested contexts.
+  """
+  if (outer := _active.get()) is not None:
+    reporter = outer.nested(reporter)
 
   def interceptor(
     next_fun: Callable[..., Any],
@@ -257,4 +295,4 @@ def report_calls(reporter: Reporter) -> Iterator[None]:
     return outputs
 
   with activate(_active, reporter, reporter.key), nn.intercept_methods(interceptor):
-    yield
+    yield reporter

@@ -8,7 +8,7 @@ own thread. The originals are restored when the last context closes. The statist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import contextvars
 import threading
@@ -19,11 +19,12 @@ import jax
 
 from bnp_optax import _readers
 from bnp_optax._calls import Call
-from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
+from bnp_optax._layers import Layers
 from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
+from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
+from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
-from bnp_optax._trees import Path, split_arrays
+from bnp_optax._trees import split_arrays
 
 __all__ = ["Statistics", "layers", "sow_statistics"]
 
@@ -50,6 +51,8 @@ _READERS: dict[type[nnx.Module], Callable[..., list[Call]]] = {
   nnx.ConvTranspose: _readers.conv_transpose,
   nnx.LoRA: _lora,
 }
+
+_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 # A function that reports a call of a module to the reporter of this thread, and the reporter.
 _active: contextvars.ContextVar[Any] = contextvars.ContextVar("nnx", default=None)
@@ -138,12 +141,8 @@ def sow_statistics(
       "of the model within its own sow_statistics(mask=...) context, inside the model."
     )
 
-  def locate(module: nnx.Module, call: Call) -> Path:
-    return (_describe(module, call),)
-
-  with report_calls(
-    statistics_reporter(locate, examples, example_axes, Masks(mask), axis_name, exact_windows)
-  ):
+  options = (examples, example_axes, Masks(mask), axis_name, exact_windows)
+  with report_calls(statistics_reporter(lambda *call: (_describe(*call),), *options)):
     yield
 
 
@@ -151,6 +150,8 @@ def layers(
   model: nnx.Module,
   *args: Any,
   strict: bool = False,
+  ignore: Collection[str] = (),
+  axis_name: AxisName | None = None,
   exact_windows: bool = False,
   method: str = "__call__",
   **kwargs: Any,
@@ -177,18 +178,20 @@ def layers(
     ...     return self.head(x)
     >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     >>> print(bnp_optax.nnx.layers(Model(nnx.Rngs(0)), tokens))
-    path             kind           shape  inputs  positions  preconditioned
-    ----------------------------------------------------------------------------------------
-    blocks/0/kernel  Linear         8x8    4x6x8           6  yes
-    blocks/1/kernel  Linear         8x8    4x6x8           6  yes
-    embed/embedding                 50x8                      passes through
-    head/kernel      LinearGeneral  8x5x2  4x6x8           6  yes, without bias: not centred
-    3 layers, 224 of 624 parameters
+    path             kind           shape  inputs  calls  positions  preconditioned
+    -----------------------------------------------------------------------------------------------
+    blocks/0/kernel  Linear         8x8    4x6x8       1          6  yes
+    blocks/1/kernel  Linear         8x8    4x6x8       1          6  yes
+    embed/embedding  Embed          50x8                             passes through
+    head/kernel      LinearGeneral  8x5x2  4x6x8       1          6  yes, without bias: not centred
+    3 layers, 224 of 624 parameters (35.9%)
 
   Args:
     model: The model; it may be the result of `flax.nnx.eval_shape`.
     *args: Arguments of the model; arrays may be `jax.ShapeDtypeStruct`.
-    strict: Whether to raise if there is a linear layer that BNP cannot precondition.
+    strict: As in `bnp_optax.linen.layers`.
+    ignore: As in `bnp_optax.linen.layers`.
+    axis_name: As in `bnp_optax.linen.layers`.
     exact_windows: As in `sow_statistics`.
     method: Name of the method to trace.
     **kwargs: Keyword arguments of the model.
@@ -198,7 +201,7 @@ def layers(
     table of all parameters.
 
   Raises:
-    ValueError: If `strict` and a linear layer cannot be covered. The message names each and why.
+    ValueError: In the cases of `bnp_optax.linen.layers`.
   """
 
   def record(module: nnx.Module, call: Call) -> Observation:
@@ -207,19 +210,31 @@ def layers(
 
   arrays, rebuild = split_arrays((args, kwargs))
 
-  def trace(model: nnx.Module, arrays: list[Any]) -> Any:
-    args, kwargs = rebuild(arrays)
-    with report_calls(Reporter(record, merge_observations, exact_windows)):
+  # nnx.eval_shape would read the sharding of what was sown.
+  graph, state = nnx.split(model)
+
+  def trace(state: Any, arrays: list[Any]) -> Any:
+    model, (args, kwargs) = nnx.merge(graph, state), rebuild(arrays)
+    with report_calls(Reporter(record, merge_observed, exact_windows, covers_nested=True)):
       return nnx.capture(getattr(model, method), Statistics)(*args, **kwargs)[1]
 
-  observations = nnx.eval_shape(trace, model, arrays)
-  return make_layers(nnx.state(model, nnx.Param), observations, {}, "", strict)
+  observations = jax.eval_shape(with_axes(trace, axis_name), state, arrays)
+  owners = {
+    tuple(map(str, (*path, name))): Owner.of(module, name, x.ndim, nnx.Embed, _NORMS)
+    for path, module in nnx.iter_graph(model)
+    if isinstance(module, nnx.Module)
+    for name, x in vars(module).items()
+    if isinstance(x, nnx.Param)
+  }
+  return make_layers(nnx.state(model, nnx.Param), observations, {}, owners, "", strict, ignore)
 
 
 @contextlib.contextmanager
 def report_calls(reporter: Reporter) -> Iterator[None]:
   """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
   owners: dict[int, tuple[Any, nnx.Module]] = {}
+  if (outer := _active.get()) is not None:
+    reporter = outer[1].nested(reporter)
 
   def report(module: nnx.Module, call: Call) -> None:
     kernel = getattr(module, call.kernel)

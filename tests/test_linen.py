@@ -659,7 +659,7 @@ def test_a_custom_module_with_its_own_kernel():
   layers = bnp_optax.linen.layers(model, x)
   updates, _ = update(model, params, x, layers)
   chex.assert_trees_all_equal(updates["kernel"], params["kernel"])
-  assert "NO: no supported linear layer was called with it" in str(layers)
+  assert "unknown: no supported linear layer was called with it" in str(layers)
 
 
 def test_a_masked_kernel_is_refused():

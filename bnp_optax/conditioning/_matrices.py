@@ -287,7 +287,7 @@ def _concatenate(a: _Matrix, b: _Matrix) -> _Matrix:
   return dataclasses.replace(a, H=jnp.concatenate([a.H, b.H], axis=-2))
 
 
-_MATRICES = Reporter(_record, _concatenate, exact_windows=True)
+_MATRICES = Reporter(_record, _concatenate, exact_windows=True, covers_nested=True)
 
 
 def _without_outer_axes(H: jax.Array, calls: tuple[int, ...]) -> jax.Array:
