@@ -6,7 +6,7 @@ while tracing; a compiled step holds arithmetic alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -113,10 +113,14 @@ class RunningStatistics:
     """Return the state before the first batch: mean 0 and variance 1 for every layer."""
     params = unboxed(params)
     leaves, treedef = flatten_masked(params)
+    if not leaves and not isinstance(params, Collection):
+      # The placeholder of optax.tree.map_params. The arrays of the state are vectors, to which a
+      # function or a sharding of the parameters does not apply.
+      zero = jnp.zeros([], jnp.int32)
+      return ScaleByBnpState(zero, zero, zero, zero, zero)
     mean: list[Any] = [optax.MaskedNode()] * len(leaves)
     variance, weight = list(mean), list(mean)
     layers = find_layers(params, self.layers)
-    # optax.tree.map_params passes a placeholder without leaves.
     if not layers and any(not is_masked(x) for x in leaves):
       raise ValueError(
         "BNP covers no layer of these parameters and would change nothing. Pass it the parameters "
@@ -148,10 +152,10 @@ class RunningStatistics:
     leaves, treedef = flatten_masked(updates)
     layers = find_layers(updates, self.layers)
     shapes = {x: x.layout.statistics_shape(leaves[x.kernel].shape) for x in layers}
-    mean = match_state("input_mean", state.input_mean, treedef, shapes)
-    variance = match_state("input_variance", state.input_variance, treedef, shapes)
+    mean = match_state("input_mean", state.input_mean, updates, shapes)
+    variance = match_state("input_variance", state.input_variance, updates, shapes)
     weight_shapes = {x: (*shape[:-1], 1) for x, shape in shapes.items() if self.debias}
-    weight = match_state("input_weight", state.input_weight, treedef, weight_shapes)
+    weight = match_state("input_weight", state.input_weight, updates, weight_shapes)
     fields = (mean, variance, weight) if self.debias else (mean, variance)
     batches = match_statistics(layers, leaves, stats)
 

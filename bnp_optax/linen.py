@@ -169,21 +169,21 @@ def layers(
     ...   def __call__(self, tokens):
     ...     x = nn.Embed(50, 8, name="embed")(tokens)
     ...     x = x + nn.MultiHeadDotProductAttention(2, name="attention")(x)
-    ...     return nn.Dense(50, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
+    ...     return nn.Dense(50, name="head")(nn.LayerNorm(name="norm")(x))
     >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     >>> layers = bnp_optax.linen.layers(Model(), tokens)
     >>> print(layers)
     path                    kind          shape  inputs  calls  positions  preconditioned
-    -----------------------------------------------------------------------------------------------------
+    -------------------------------------------------------------------------------------
     attention/key/kernel    DenseGeneral  8x2x4  4x6x8       1          6  yes
     attention/out/kernel    DenseGeneral  2x4x8  4x6x8       1          6  yes
     attention/query/kernel  DenseGeneral  8x2x4  4x6x8       1          6  yes
     attention/value/kernel  DenseGeneral  8x2x4  4x6x8       1          6  yes
     embed/embedding         Embed         50x8                             passes through
-    head/kernel             Dense         8x50   4x6x8       1          6  yes, without bias: not centred
+    head/kernel             Dense         8x50   4x6x8       1          6  yes
     norm/bias               LayerNorm     8                                passes through
     norm/scale              LayerNorm     8                                passes through
-    5 layers, 688 of 1,104 parameters (62.3%)
+    5 layers, 738 of 1,154 parameters (64.0%)
     >>> layers[("attention", "key", "kernel")].output
     (1, 2)
 
