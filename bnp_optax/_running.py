@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
+from bnp_optax._layout import KernelLayout
 from bnp_optax._matching import (
   Layer,
   Layouts,
@@ -26,6 +28,7 @@ from bnp_optax._matching import (
   match_statistics,
 )
 from bnp_optax._preconditioner import Preconditioner
+from bnp_optax._sharding import on_auto_axes, replicated
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
 from bnp_optax._trees import flatten_masked, is_masked, unboxed
 
@@ -74,16 +77,27 @@ class Preconditioners(NamedTuple):
     leaves, treedef = flatten_masked(tree)
     for layer, p in zip(*self, strict=True):
       kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
-      dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
-      w, b = layer.layout.to_canonical(
-        kernel.astype(dtype), None if bias is None else bias.astype(dtype)
-      )
-      p = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), p)
-      w, b = layer.layout.from_canonical(*function(p, w, b), kernel.shape)
-      for i, x in ((layer.kernel, w), (layer.bias, b)):
+      apply = on_auto_axes(functools.partial(_map_layer, function, layer.layout), kernel, bias)
+      kernel, bias = apply(p, kernel, bias)
+      for i, x in ((layer.kernel, kernel), (layer.bias, bias)):
         if i is not None and x is not None:
-          leaves[i] = x.astype(leaves[i].dtype)
+          leaves[i] = x
     return treedef.unflatten(leaves)
+
+
+def _map_layer(
+  function: _LayerFunction,
+  layout: KernelLayout,
+  p: Preconditioner,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Apply ``function(P, kernel, bias)`` in canonical form to one layer."""
+  dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
+  w, b = layout.to_canonical(kernel.astype(dtype), None if bias is None else bias.astype(dtype))
+  p = jax.tree.map(lambda x: x.astype(dtype), p)
+  w, b = layout.from_canonical(*function(p, w, b), kernel.shape)
+  return w.astype(kernel.dtype), b if b is None or bias is None else b.astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +177,7 @@ class RunningStatistics:
     nonfinite = state.nonfinite_count
     for layer, batch in zip(layers, batches, strict=True):
       i = layer.kernel
-      batch = jax.tree.map(lambda x, dtype=mean[i].dtype: x.astype(dtype), batch)
+      batch = jax.tree.map(lambda x, dtype=mean[i].dtype: replicated(x).astype(dtype), batch)
       old = [field[i] for field in fields]
       new = self._advance(layer, *old, batch=batch)
       finite = jnp.all(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), axis=-1, keepdims=True)
