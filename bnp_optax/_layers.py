@@ -1,24 +1,11 @@
-"""`Layers`: the table of a model's parameters, which lists those that BNP preconditions.
-
-A framework traces its model with `jax.eval_shape` and sows an `Observation` beside each linear
-layer, as it sows statistics in training. An observation that comes out stacked was scanned or
-mapped.
-"""
+"""`Layers`: the table of a model's parameters, which lists those that BNP preconditions."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 import dataclasses
 import functools
-import itertools
-import math
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._statistics import TWO_MEANINGS
-from bnp_optax._trees import Path, by_kernel, flatten
+from bnp_optax._trees import Path
 
 Shape = tuple[int, ...]
 
@@ -29,25 +16,28 @@ class LayerEntry:
 
   Attributes:
     path: Path of the kernel, or of the parameter.
-    kind: Class of the layer, or empty.
+    kind: Class of the module that it belongs to, or empty if that is unknown.
     shape: Shape of the kernel, or of the parameter.
     inputs: Shape of the inputs of one call; None if unknown.
+    calls: Number of calls of the layer; None if unknown.
     positions: Number of output positions of an example, over all calls; None if unknown.
     layout: Layout of the kernel; None if BNP does not precondition it.
     size: Number of parameters, including those of the bias.
     note: How BNP treats it, or why BNP does not.
-    covered: False for a linear layer that BNP cannot precondition.
+    covered: False for a linear layer that BNP cannot precondition; None if it is unknown whether a
+      parameter of two and more axes belongs to a linear layer.
   """
 
   path: Path
   kind: str
   shape: Shape
   inputs: Shape | None
+  calls: int | None
   positions: int | None
   layout: KernelLayout | None
   size: int
   note: str
-  covered: bool = True
+  covered: bool | None = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,24 +77,28 @@ class Layers(Mapping[Path, KernelLayout]):
 
   def __str__(self) -> str:
     """Return the table as plain text."""
-    lines = [("path", "kind", "shape", "inputs", "positions", "preconditioned")]
+    lines = [("path", "kind", "shape", "inputs", "calls", "positions", "preconditioned")]
     lines += [
       (
         "/".join(entry.path),
         entry.kind,
         _show(entry.shape),
         "" if entry.inputs is None else _show(entry.inputs),
-        "" if entry.positions is None else str(entry.positions),
-        entry.note if entry.covered else f"NO: {entry.note}",
+        *("" if x is None else str(x) for x in (entry.calls, entry.positions)),
+        _MARKS[entry.covered] + entry.note,
       )
       for entry in self.entries
     ]
     preconditioned = sum(entry.size for entry in self.entries if entry.layout is not None)
     total = sum(entry.size for entry in self.entries)
-    table = plain_table(lines, right={"positions"})
-    return f"{table}\n{len(self)} layers, {preconditioned:,} of {total:,} parameters"
+    table = plain_table(lines, right={"calls", "positions"})
+    share = f"{preconditioned:,} of {total:,} parameters ({preconditioned / max(1, total):.1%})"
+    return f"{table}\n{len(self)} layers, {share}"
 
   __repr__ = __str__
+
+
+_MARKS = {True: "", False: "NO: ", None: "unknown: "}
 
 
 def _show(shape: Shape) -> str:
@@ -131,170 +125,3 @@ def plain_table(lines: Sequence[Sequence[str]], right: Collection[str]) -> str:
     for line in lines
   ]
   return "\n".join([table[0], "-" * max(map(len, table)), *table[1:]])
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Observation:
-  """A description of one layer, sown while the model is traced. Only the marker is a leaf.
-
-  Attributes:
-    marker: A scalar where it is sown. Scan and vmap stack it as they stack statistics.
-    kind: Class of the layer.
-    kernel: Name of the kernel leaf.
-    shape: Shape of the kernel inside the layer.
-    inputs: Shape of the inputs.
-    positions: Number of output positions of an example, over all calls.
-    layout: Layout of the kernel inside the layer.
-    problem: Why BNP is not defined for it, or empty.
-  """
-
-  marker: jax.Array
-  kind: str = dataclasses.field(metadata={"static": True})
-  kernel: str = dataclasses.field(metadata={"static": True})
-  shape: Shape = dataclasses.field(metadata={"static": True})
-  inputs: Shape = dataclasses.field(metadata={"static": True})
-  positions: int = dataclasses.field(metadata={"static": True})
-  layout: KernelLayout = dataclasses.field(metadata={"static": True})
-  problem: str = dataclasses.field(metadata={"static": True})
-
-
-def observe_call(call: Call, kind: str, example_axes: int = 1) -> Observation:
-  """Return the observation of one call of a layer."""
-  examples = max(1, math.prod(call.example_shape(example_axes)))
-  rows = math.prod(call.leading) if call.rows is None else call.rows
-  return Observation(
-    marker=jnp.zeros(()),
-    kind=kind,
-    kernel=call.kernel,
-    shape=call.shape,
-    inputs=call.inputs.shape,
-    positions=rows // examples,
-    layout=call.layout,
-    problem=call.problem,
-  )
-
-
-def merge_observations(a: Observation, b: Observation) -> Observation:
-  """Merge the observations of two calls of a layer."""
-  problem = a.problem or b.problem
-  if (a.shape, a.layout) != (b.shape, b.layout):
-    problem = problem or TWO_MEANINGS
-  return dataclasses.replace(a, positions=a.positions + b.positions, problem=problem)
-
-
-def make_layers(
-  params: Any, observations: Any, called: Mapping[Path, str], lost: str, strict: bool
-) -> Layers:
-  """Make the table of a model.
-
-  Args:
-    params: The parameters, or their shapes.
-    observations: A tree in which each `Observation` lies beside its kernel.
-    called: Class of every linear layer that was called, by the path of its kernel, including those
-      whose observation was lost.
-    lost: Why an observation may have been lost, and how to prevent it.
-    strict: Whether to raise if a linear layer is not covered.
-
-  Raises:
-    ValueError: If `strict` and a linear layer is not covered. The message names each and why.
-  """
-  shapes = {path: tuple(x.shape) for path, x in flatten(params)}
-  observed: dict[Path, Observation] = by_kernel(observations, Observation)
-  biases, entries = set(), {}
-
-  def passed_by(path: Path, kind: str, note: str, covered: bool = False) -> LayerEntry:
-    shape = shapes[path]
-    return LayerEntry(path, kind, shape, None, None, None, math.prod(shape), note, covered)
-
-  for path, shape in shapes.items():
-    if path in observed:
-      entries[path], bias = _entry(path, shape, observed[path], shapes)
-      biases.add(bias)
-    elif path in called:
-      entries[path] = passed_by(path, called[path], lost)
-    elif path[-1] == "kernel":
-      note = "no supported linear layer was called with it: a custom module, or not called"
-      entries[path] = passed_by(path, "", note)
-    else:
-      entries[path] = passed_by(path, "", "passes through", covered=True)
-  for path, x in observed.items():
-    if path not in shapes:
-      note = "its kernel is shared with another module, so its statistics would be lost"
-      entry = LayerEntry(path, x.kind, x.shape, x.inputs, x.positions, None, 0, note, covered=False)
-      entries[path] = entry
-  layers = Layers(tuple(entry for path, entry in entries.items() if path not in biases))
-  if strict and (missing := [entry for entry in layers.entries if not entry.covered]):
-    raise ValueError(
-      "BNP cannot precondition these layers:\n"
-      + "\n".join(f"  {'/'.join(entry.path)}: {entry.note}." for entry in missing)
-      + "\nWithout strict=True, their gradients pass through unchanged."
-    )
-  return layers
-
-
-def _entry(
-  path: Path, shape: Shape, observed: Observation, params: Mapping[Path, Shape]
-) -> tuple[LayerEntry, Path | None]:
-  """Return the entry of one kernel, and the path of the bias that it covers, if any."""
-  positions, problem, layout = observed.positions, observed.problem, None
-  bias = (*path[:-1], observed.layout.bias)
-  if not problem:
-    found = _stack_axes(shape, observed.shape, observed.marker.shape)
-    if found is None:
-      problem = (
-        f"the parameter of shape {shape} reaches the layer as {observed.shape}, stacked as "
-        f"{observed.marker.shape}, so the axes cannot be matched"
-      )
-    else:
-      stack, calls = found
-      positions *= math.prod(observed.marker.shape[axis] for axis in calls)
-      layout = dataclasses.replace(observed.layout.stacked(stack), calls=calls)
-      expected = layout.bias_shape(shape)
-      if bias in params and params[bias] != expected:
-        problem = (
-          f"its bias has shape {params[bias]} instead of {expected}; if it is stacked by nn.scan "
-          'or nn.vmap, use variable_axes={"params": 0}'
-        )
-  size, covered_bias = math.prod(shape), None
-  if problem:
-    layout, note = None, problem
-  elif bias not in params:
-    note = "yes, without bias: not centred"
-  else:
-    size, covered_bias, note = size + math.prod(params[bias]), bias, "yes"
-  entry = LayerEntry(
-    *(path, observed.kind, shape, observed.inputs, positions, layout, size, note),
-    covered=not problem,
-  )
-  return entry, covered_bias
-
-
-def _stack_axes(shape: Shape, inner: Shape, outer: Shape) -> tuple[Shape, Shape] | None:
-  """Match the axes that scan and vmap add to a kernel and to the marker.
-
-  Args:
-    shape: Shape of the parameter.
-    inner: Its shape inside the layer.
-    outer: Axes that the marker gained on its way out, the outermost first.
-
-  Returns:
-    The stack axes of the kernel, the outermost first, and the axes of the marker that are repeated
-    calls. Where the shapes leave a choice, the stack leads the kernel, as it does by default for
-    every scan and vmap. None if calls cannot be separated from the stack.
-  """
-  count = len(shape) - len(inner)
-  if count < 0:
-    return None
-  for axes in itertools.permutations(range(len(shape)), count):
-    if tuple(size for axis, size in enumerate(shape) if axis not in axes) != inner:
-      continue
-    fits = [
-      places
-      for places in itertools.combinations(range(len(outer)), count)
-      if all(outer[p] == shape[a] for p, a in zip(places, axes, strict=True))
-    ]
-    if fits:
-      calls = tuple(axis for axis in range(len(outer)) if axis not in fits[0])
-      return (axes, calls) if len(fits) == 1 else None
-  return None

@@ -23,7 +23,7 @@ from flax.typing import Out
 import jax
 
 from bnp_optax._calls import PREFIX, Call
-from bnp_optax._layers import Observation
+from bnp_optax._observations import Observation
 from bnp_optax._patching import Wrappers
 from bnp_optax._reporting import Reporter, activate
 from bnp_optax._trees import Path
@@ -173,7 +173,8 @@ def leave_observation(a: Observation, axis: int | None) -> Observation:
   """
   length, marker = a.marker.shape[0], a.marker[0]
   if axis is None:
-    return dataclasses.replace(a, marker=marker, positions=a.positions * length)
+    calls, positions = a.calls * length, a.positions * length
+    return dataclasses.replace(a, marker=marker, calls=calls, positions=positions)
   axis %= len(a.shape) + 1
   shape = (*a.shape[:axis], length, *a.shape[axis:])
   layout = a.layout if a.problem else a.layout.stacked((axis,))

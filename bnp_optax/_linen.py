@@ -167,12 +167,18 @@ def _sow(reporter: Reporter, layer: nn.Module, call: Call) -> None:
 
 
 @contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[None]:
-  """Pass every call of a linear layer to ``reporter`` within this context."""
+def report_calls(reporter: Reporter) -> Iterator[Reporter]:
+  """Pass every call of a linear layer to ``reporter`` within this context.
+
+  Yields:
+    The reporter of this context: that of an outer one if it covers nested contexts.
+  """
+  if (outer := _active.get()) is not None:
+    reporter = outer.nested(reporter)
   # An interceptor would see the inputs before those that are inside of it change them.
   hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **wrappers(_active)}
   with activate(_active, reporter, reporter.key), _patches.applied(hooks):
-    yield
+    yield reporter
 
 
 def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -205,26 +205,44 @@ def check_state(state: Any, kind: type) -> None:
 
 
 def match_state(
-  field: str, tree: Any, treedef: Any, shapes: Mapping[Layer, tuple[int, ...]]
+  field: str, tree: Any, updates: Any, shapes: Mapping[Layer, tuple[int, ...]]
 ) -> list[Any]:
   """Return the leaves of a field of the state, in the order of the gradients' leaves.
 
   Args:
     field: Name of the field.
     tree: Its value.
-    treedef: Structure of the gradients.
+    updates: The gradients.
     shapes: Shape of the field's array for each layer that has one.
 
   Raises:
     ValueError: If the state was made for other parameters, or was cast to less than float32.
   """
-  found, structure = flatten_masked(unboxed(tree))
+  tree = unboxed(tree)
+  found, structure = flatten_masked(tree)
+  paths, expected = ([path for path, _ in flatten(x, optax.MaskedNode)] for x in (tree, updates))
+  added, removed = (
+    _names(dict.fromkeys(path[:-1] or path for path in x if path not in y))
+    for x, y in ((expected, set(paths)), (paths, set(expected)))
+  )
+  remedy = "Call tx.init; docs/recipes.md keeps the state of the layers that did not change"
+  if added or removed:
+    found = [f"lacks {added}"] * bool(added) + [f"has {removed}, which they lack"] * bool(removed)
+    raise ValueError(
+      "The state was made for other parameters than these gradients: its "
+      f"{field} {' and '.join(found)}. {remedy}."
+    )
+  if structure != jax.tree.structure(updates, is_leaf=is_masked):
+    raise ValueError(
+      f"The state was made for other parameters than these gradients: the structure of its {field} "
+      f"is {structure}. {remedy}."
+    )
   for layer, shape in shapes.items():
-    actual = getattr(found[layer.kernel], "shape", None) if layer.kernel < len(found) else None
+    actual = getattr(found[layer.kernel], "shape", None)
     if actual != shape:
       raise ValueError(
-        f"Layer {layer}: the state's {field} should be of shape {shape}, found "
-        f"{actual}. The state was made for other parameters or another debias=: call tx.init."
+        f"Layer {layer}: the state's {field} should be of shape {shape}, found {actual}. The state "
+        f"was made for other parameters or another debias=. {remedy}."
       )
     if (dtype := found[layer.kernel].dtype) not in ("float32", "float64"):
       raise ValueError(
@@ -232,11 +250,11 @@ def match_state(
         "mean before it converges: leave the state in the dtype that tx.init gave it."
       )
   kernels = {layer.kernel for layer in shapes}
-  if structure != treedef or any(not is_masked(x) for i, x in enumerate(found) if i not in kernels):
+  other = [paths[i] for i, x in enumerate(found) if i not in kernels and not is_masked(x)]
+  if other:
     raise ValueError(
-      "The state was made for other parameters than these gradients, or with another debias=: "
-      f"call tx.init with the parameters. The structure of its {field} is {structure}, the "
-      f"gradients' is {treedef}."
+      f"The state's {field} has an array for {_names(other)}, which is no layer of these "
+      f"parameters: it was made with other layers= or another debias=. {remedy}."
     )
   return found
 

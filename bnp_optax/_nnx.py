@@ -132,6 +132,8 @@ def _own_call(
 def report_calls(reporter: Reporter) -> Iterator[None]:
   """Pass every call of a linear layer to ``reporter`` within this context."""
   owners: dict[int, tuple[Any, nnx.Module]] = {}
+  if (outer := _active.get()) is not None:
+    reporter = outer[1].nested(reporter)
 
   def report(module: nnx.Module, call: Call) -> None:
     kernel = getattr(module, call.kernel)

@@ -6,7 +6,7 @@ variable, the framework's hooks (see `linen` and `nnx`) pass it every call of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 import contextlib
 import contextvars
 import dataclasses
@@ -28,6 +28,7 @@ from bnp_optax._statistics import (
   leave_transform,
   merge_two_calls,
 )
+from bnp_optax._trees import Path, has_prefix, show_path
 
 # A function of a layer and the inputs of a call.
 Exclude = Callable[[Any, jax.Array], bool]
@@ -49,6 +50,7 @@ class Reporter:
     leave: Maps a value that a transform stacked along axis 0, and the axis along which it stacked
       the kernels, or None if it called one layer repeatedly, to the value for the whole kernel.
     fixed_examples: Whether a mapped axis does not change the number of examples.
+    covers_nested: Whether it also reports the calls within contexts that the model enters itself.
   """
 
   record: Callable[[Any, Call], Any]
@@ -57,6 +59,14 @@ class Reporter:
   key: Hashable = dataclasses.field(default_factory=object)
   leave: Callable[[Any, int | None], Any] = lambda value, axis: value
   fixed_examples: bool = True
+  covers_nested: bool = False
+
+  def nested(self, inner: Reporter) -> Reporter:
+    """Return the reporter of a context of ``inner`` that is entered within one of this reporter."""
+    if not self.covers_nested:
+      return inner
+    exact_windows, key = self.exact_windows or inner.exact_windows, (self.key, inner.key)
+    return dataclasses.replace(self, exact_windows=exact_windows, key=key)
 
   def sow(self, module: Any, collection: Any, call: Call) -> None:
     """Sow the record of a call beside its kernel, merged with those of earlier calls."""
@@ -89,11 +99,51 @@ def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -
     variable.reset(token)
 
 
+class Masks:
+  """The mask of each layer: one for all, or that of the longest prefix of the layer's path.
+
+  Args:
+    mask: A mask, None, or a mapping from prefixes, such as ``"encoder/layer_0"``, to either.
+  """
+
+  def __init__(self, mask: Mask | Mapping[str, Mask]) -> None:
+    """Convert the masks to arrays of booleans."""
+    by_prefix = mask if isinstance(mask, Mapping) else {"": mask}
+    self._masks = {
+      prefix: None if x is None else jnp.asarray(x).astype(bool) for prefix, x in by_prefix.items()
+    }
+    self._unused = {prefix for prefix in self._masks if prefix}
+    # A function that was traced under an equal key would not report its calls to check_prefixes.
+    self.key: Hashable = object() if isinstance(mask, Mapping) else _array_key(self._masks[""])
+
+  def of_layer(self, path: Path) -> jax.Array | None:
+    """Return the mask of the layer at a path; None if it has none."""
+    prefixes = [prefix for prefix in self._masks if has_prefix(path, prefix)]
+    self._unused.difference_update(prefixes)
+    return self._masks[max(prefixes, key=len)] if prefixes else None
+
+  def check_prefixes(self) -> None:
+    """Raise ValueError if no layer that was called has a path with one of the prefixes."""
+    if self._unused:
+      raise ValueError(
+        f"mask= has prefixes of no layer that was called: {', '.join(sorted(self._unused))}. A "
+        "prefix is the start of a layer's path in the table of bnp_optax.linen.layers(model, "
+        "*inputs)."
+      )
+
+
+def with_axes(function: Callable[..., Any], axis_name: AxisName | None) -> Callable[..., Any]:
+  """Return a function that calls another one under mapped axes of size 1, unbatched."""
+  for name in (axis_name,) if isinstance(axis_name, str) else axis_name or ():
+    function = jax.vmap(function, in_axes=None, out_axes=None, axis_name=name, axis_size=1)
+  return function
+
+
 def statistics_reporter(
-  describe: Callable[[Any, Call], str],
+  locate: Callable[[Any, Call], Path],
   examples: int | jax.Array | None,
   example_axes: int,
-  mask: Mask,
+  masks: Masks,
   axis_name: AxisName | None,
   exact_windows: bool,
   exclude: Exclude | None = None,
@@ -101,22 +151,22 @@ def statistics_reporter(
   """Return the reporter of `LayerStatistics`.
 
   Args:
-    describe: Returns the name of the layer of a call in errors.
+    locate: Returns the path of the layer of a call, for its mask and for errors.
     examples: Number of examples of every layer; None to count them along each layer's axes.
     example_axes: Number of leading axes that count examples.
-    mask: Nonzero for the leading positions that count; None for all.
+    masks: Nonzero for the leading positions that count.
     axis_name: Mapped axes that the batch is split over; None if it is whole.
     exact_windows: As in `Reporter`.
     exclude: True for the calls that do not count; None to count all.
   """
-  present = None if mask is None else jnp.asarray(mask).astype(bool)
   counted: dict[int, str] = {}
 
   def record(module: Any, call: Call) -> LayerStatistics | NoStatistics | None:
     if exclude is not None and exclude(module, call.inputs):
       return None
-    name = describe(module, call)
-    statistics = _call_statistics(call, name, examples, example_axes, present, axis_name)
+    path = locate(module, call)
+    name, mask = show_path(path), masks.of_layer(path)
+    statistics = _call_statistics(call, name, examples, example_axes, mask, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
       if len(counted) > 1:
@@ -127,8 +177,7 @@ def statistics_reporter(
         )
     return statistics
 
-  arrays = _array_key(examples), _array_key(present)
-  key = (arrays, example_axes, axis_name, exact_windows, exclude)
+  key = (_array_key(examples), masks.key, example_axes, axis_name, exact_windows, exclude)
   fixed = examples is not None
   return Reporter(record, merge_two_calls, exact_windows, key, leave_transform, fixed)
 
@@ -159,14 +208,8 @@ def _call_statistics(
   example_shape = call.example_shape(example_axes)
   if inputs.size == 0:
     raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
-  if mask is not None and leading[: mask.ndim] != mask.shape:
-    if len(leading) > len(example_shape):
-      return NoStatistics(
-        call.kernel,
-        f"the mask of shape {mask.shape} does not fit its inputs of shape {inputs.shape}: it must "
-        "be the leading shape of the inputs",
-      )
-    mask = None
+  if mask is not None:
+    mask = _fit_mask(mask, name, inputs.shape, leading)
   if examples is None:
     examples = math.prod(example_shape)
     if mask is not None:
@@ -185,3 +228,22 @@ def _call_statistics(
     kernel=call.kernel,
   )
   return dataclasses.replace(statistics, layout=call.layout)
+
+
+def _fit_mask(
+  mask: jax.Array, name: str, shape: tuple[int, ...], leading: tuple[int, ...]
+) -> jax.Array:
+  """Return a mask without the axes that the inputs of a layer lack: a position counts if any does.
+
+  Raises:
+    ValueError: If neither the mask nor the leading shape of the inputs begins with the other.
+  """
+  common = min(mask.ndim, len(leading))
+  if mask.shape[:common] != leading[:common]:
+    raise ValueError(
+      f"Layer {name}: the mask of shape {mask.shape} does not fit its inputs of shape {shape}. It "
+      "must be the leading shape of the inputs, or begin with it. Give the layers their own masks "
+      'by the prefixes of their paths, as in mask={"encoder": mask, "decoder": None} (Linen), or '
+      "call the layer within its own sow_statistics context."
+    )
+  return jnp.any(mask, tuple(range(common, mask.ndim)))

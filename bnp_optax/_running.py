@@ -6,8 +6,9 @@ while tracing; a compiled step holds arithmetic alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
+from bnp_optax._layout import KernelLayout
 from bnp_optax._matching import (
   Layer,
   Layouts,
@@ -26,6 +28,7 @@ from bnp_optax._matching import (
   match_statistics,
 )
 from bnp_optax._preconditioner import Preconditioner
+from bnp_optax._sharding import on_auto_axes, replicated
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
 from bnp_optax._trees import flatten_masked, is_masked, unboxed
 
@@ -74,16 +77,27 @@ class Preconditioners(NamedTuple):
     leaves, treedef = flatten_masked(tree)
     for layer, p in zip(*self, strict=True):
       kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
-      dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
-      w, b = layer.layout.to_canonical(
-        kernel.astype(dtype), None if bias is None else bias.astype(dtype)
-      )
-      p = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), p)
-      w, b = layer.layout.from_canonical(*function(p, w, b), kernel.shape)
-      for i, x in ((layer.kernel, w), (layer.bias, b)):
+      apply = on_auto_axes(functools.partial(_map_layer, function, layer.layout), kernel, bias)
+      kernel, bias = apply(p, kernel, bias)
+      for i, x in ((layer.kernel, kernel), (layer.bias, bias)):
         if i is not None and x is not None:
-          leaves[i] = x.astype(leaves[i].dtype)
+          leaves[i] = x
     return treedef.unflatten(leaves)
+
+
+def _map_layer(
+  function: _LayerFunction,
+  layout: KernelLayout,
+  p: Preconditioner,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Apply ``function(P, kernel, bias)`` in canonical form to one layer."""
+  dtype = accumulation_dtype(kernel.dtype, p.mu.dtype)
+  w, b = layout.to_canonical(kernel.astype(dtype), None if bias is None else bias.astype(dtype))
+  p = jax.tree.map(lambda x: x.astype(dtype), p)
+  w, b = layout.from_canonical(*function(p, w, b), kernel.shape)
+  return w.astype(kernel.dtype), b if b is None or bias is None else b.astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +127,14 @@ class RunningStatistics:
     """Return the state before the first batch: mean 0 and variance 1 for every layer."""
     params = unboxed(params)
     leaves, treedef = flatten_masked(params)
+    if not leaves and not isinstance(params, Collection):
+      # The placeholder of optax.tree.map_params. The arrays of the state are vectors, to which a
+      # function or a sharding of the parameters does not apply.
+      zero = jnp.zeros([], jnp.int32)
+      return ScaleByBnpState(zero, zero, zero, zero, zero)
     mean: list[Any] = [optax.MaskedNode()] * len(leaves)
     variance, weight = list(mean), list(mean)
     layers = find_layers(params, self.layers)
-    # optax.tree.map_params passes a placeholder without leaves.
     if not layers and any(not is_masked(x) for x in leaves):
       raise ValueError(
         "BNP covers no layer of these parameters and would change nothing. Pass it the parameters "
@@ -148,10 +166,10 @@ class RunningStatistics:
     leaves, treedef = flatten_masked(updates)
     layers = find_layers(updates, self.layers)
     shapes = {x: x.layout.statistics_shape(leaves[x.kernel].shape) for x in layers}
-    mean = match_state("input_mean", state.input_mean, treedef, shapes)
-    variance = match_state("input_variance", state.input_variance, treedef, shapes)
+    mean = match_state("input_mean", state.input_mean, updates, shapes)
+    variance = match_state("input_variance", state.input_variance, updates, shapes)
     weight_shapes = {x: (*shape[:-1], 1) for x, shape in shapes.items() if self.debias}
-    weight = match_state("input_weight", state.input_weight, treedef, weight_shapes)
+    weight = match_state("input_weight", state.input_weight, updates, weight_shapes)
     fields = (mean, variance, weight) if self.debias else (mean, variance)
     batches = match_statistics(layers, leaves, stats)
 
@@ -159,7 +177,7 @@ class RunningStatistics:
     nonfinite = state.nonfinite_count
     for layer, batch in zip(layers, batches, strict=True):
       i = layer.kernel
-      batch = jax.tree.map(lambda x, dtype=mean[i].dtype: x.astype(dtype), batch)
+      batch = jax.tree.map(lambda x, dtype=mean[i].dtype: replicated(x).astype(dtype), batch)
       old = [field[i] for field in fields]
       new = self._advance(layer, *old, batch=batch)
       finite = jnp.all(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), axis=-1, keepdims=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
-from bnp_optax._matching import Layouts, check_state
+from bnp_optax._inner import refuse_copies_of_parameters, refuse_split_layers
+from bnp_optax._matching import Layouts, check_state, find_layers
 from bnp_optax._running import RunningStatistics, ScaleByBnpState
+from bnp_optax._trees import unboxed
 
 
 def scale_by_bnp(
@@ -153,8 +154,9 @@ def bnp(
   With plain `optax.sgd` this equals ``optax.chain(scale_by_bnp(), optax.sgd(rate))``. It does not
   with an optimizer that is not linear in the gradient, such as Adam. For such an optimizer use this
   function: by Proposition 7, ``bnp(optax.adam(rate))`` is Adam on the network with batch
-  normalization. Decoupled weight decay has the same effect inside as outside, as
-  :math:`P z = \theta`.
+  normalization. Decoupled weight decay of kernels and biases has the same effect inside as outside,
+  as :math:`P z = \theta`. Decay of the kernels alone goes outside: ``optax.chain(
+  bnp(optax.scale_by_adam()), optax.add_decayed_weights(1e-4, mask), optax.scale(-rate))``.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -193,8 +195,9 @@ def bnp(
   Raises:
     ValueError: In the cases of `bnp_optax.scale_by_bnp`. From ``init``, if the inner optimizer
       keeps a copy of the parameters: the coordinates move with the statistics, and the copy would
-      be in outdated ones. From ``update``, for ``value_fn`` and ``grad``, the arguments of line
-      searches.
+      be in outdated ones; or if it leaves out the bias of a layer and not its kernel, or the
+      reverse, as with a mask. From ``update``, for the arguments of line searches
+      and of `optax.contrib.sam`.
 
   References:
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
@@ -205,7 +208,8 @@ def bnp(
 
   def init_fn(params: optax.Params) -> BnpState:
     statistics = running.init(params)
-    _refuse_copies_of_parameters(inner, params)
+    refuse_copies_of_parameters(inner, params)
+    refuse_split_layers(inner, params, find_layers(unboxed(params), layers))
     return BnpState(statistics, inner.init(params))
 
   def update_fn(
@@ -217,11 +221,11 @@ def bnp(
     **extra_args: Any,
   ) -> tuple[optax.Updates, BnpState]:
     check_state(state, BnpState)
-    if extra_args.keys() & {"grad", "value_fn"}:
+    if found := extra_args.keys() & {"grad", "grad_fn", "obj_fn", "value_fn"}:
       raise ValueError(
-        "bnp: update was given value_fn= or grad=, the arguments of line searches. They refer to "
-        "the parameters, but the inner optimizer runs in BNP's coordinates z. Put the line search "
-        "after BNP, as in optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
+        f"bnp: update was given {', '.join(sorted(found))}, as line searches and sam take. They "
+        "refer to the parameters, but the inner optimizer runs in BNP's coordinates z. Put a line "
+        "search after BNP, as in optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
         "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
       )
     statistics, preconditioners = running.update(updates, state.statistics, stats)
@@ -232,21 +236,3 @@ def bnp(
     return updates, BnpState(statistics, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
-
-
-def _refuse_copies_of_parameters(inner: optax.GradientTransformation, params: optax.Params) -> None:
-  """Raise ValueError if the state of `inner` depends on the values of the parameters."""
-  closed, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
-  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
-  lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in nodes)
-  used = {id(x) for x in closed.jaxpr.outvars}
-  for equation in reversed(closed.jaxpr.eqns):
-    if any(id(x) in used for x in equation.outvars):
-      used.update(map(id, equation.invars))
-  if lbfgs or any(id(x) in used for x in closed.jaxpr.invars):
-    raise ValueError(
-      "bnp: the inner optimizer keeps a copy of the parameters (as schedule_free, lookahead, "
-      "prodigy, dog and lbfgs do). BNP's coordinates z = P^-1 theta move with the statistics, and "
-      "the copy would be in outdated ones. Put BNP inside instead of outside, as in "
-      "optax.contrib.schedule_free(bnp_optax.bnp(optax.sgd(rate)), rate)."
-    )

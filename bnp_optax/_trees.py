@@ -67,6 +67,15 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
   return [leaves[i] for i in indices], rebuild
 
 
+def has_prefix(path: Path, prefix: str) -> bool:
+  """Return True if a path begins with the whole names of a prefix such as ``"encoder/layer_0"``.
+
+  >>> has_prefix(("a", "b", "kernel"), "a/b"), has_prefix(("a", "bc"), "a/b"), has_prefix((), "")
+  (True, False, True)
+  """
+  return not prefix or f"{'/'.join(path)}/".startswith(f"{prefix.rstrip('/')}/")
+
+
 def show_path(path: Path) -> str:
   """Return a path as errors and tables print it."""
   return "/".join(path) or "(the model itself)"

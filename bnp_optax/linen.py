@@ -6,28 +6,29 @@ model needs no edit, and its outputs and gradients do not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from bnp_optax._calls import Call
-from bnp_optax._layers import (
-  Layers,
-  Observation,
-  make_layers,
-  merge_observations,
-  observe_call,
-)
+from bnp_optax._layers import Layers
 from bnp_optax._lifting import leave_observation
 from bnp_optax._linen import register, report, report_calls
-from bnp_optax._reporting import Exclude, Reporter, statistics_reporter
+from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
+from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
-from bnp_optax._trees import Path, show_path, split_arrays
+from bnp_optax._trees import Path, split_arrays
 
 __all__ = ["layers", "register", "report", "sow_statistics"]
+
+_NORMS = (
+  *(nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm),
+  nn.WeightNorm,
+)
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def sow_statistics(
   *,
   examples: int | jax.Array | None = None,
   example_axes: int = 1,
-  mask: Mask = None,
+  mask: Mask | Mapping[str, Mask] = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
   exclude: Exclude | None = None,
@@ -90,9 +91,11 @@ def sow_statistics(
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
     mask: True, or nonzero, for positions that count and False for padding. Its shape is the leading
-      shape of the inputs, such as ``[batch, time]``. Layers whose inputs have only the example axes
-      are not masked, for example a head after pooling or a recurrent cell inside a scan over time.
-      An example without positions that count is not counted.
+      shape of the inputs of every layer, such as ``[batch, time]``, or begins with it: for inputs
+      ``[batch, features]``, as those of a head after pooling or of a recurrent cell inside a scan
+      over time, an example counts if any of its positions does. A mapping from prefixes of the
+      layers' paths to masks or None gives each layer the mask of its longest prefix, as in
+      ``{"encoder": mask, "decoder": None, "": other}``. A layer without a prefix has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
       `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch and are equal along the axis.
@@ -107,26 +110,30 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: While tracing, if a layer's inputs have no rows, or if layers disagree about the
-      number of examples. Inputs that are complex, or do not
-      fit `mask`, are an error in ``update`` of an optimizer that needs the layer's statistics.
+    ValueError: While tracing, if a layer's inputs have no rows or do not fit `mask`, if a prefix in
+      `mask` is that of no layer, or if layers disagree about the number of examples. Inputs that
+      are complex are an error in ``update`` of an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
 
-  def describe(module: nn.Module, call: Call) -> str:
+  def locate(module: nn.Module, call: Call) -> Path:
     del call
-    return show_path(module.path)
+    return module.path
 
-  with report_calls(
-    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows, exclude)
-  ):
+  masks, options = Masks(mask), (axis_name, exact_windows, exclude)
+  reporter = statistics_reporter(locate, examples, example_axes, masks, *options)
+  with report_calls(reporter) as active:
     yield
+  if active is reporter:
+    masks.check_prefixes()
 
 
 def layers(
   model: nn.Module,
   *init_args: Any,
   strict: bool = False,
+  ignore: Collection[str] = (),
+  axis_name: AxisName | None = None,
   exact_windows: bool = False,
   **init_kwargs: Any,
 ) -> Layers:
@@ -144,21 +151,21 @@ def layers(
     ...   def __call__(self, tokens):
     ...     x = nn.Embed(50, 8, name="embed")(tokens)
     ...     x = x + nn.MultiHeadDotProductAttention(2, name="attention")(x)
-    ...     return nn.Dense(50, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))
+    ...     return nn.Dense(50, name="head")(nn.LayerNorm(name="norm")(x))
     >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     >>> layers = bnp_optax.linen.layers(Model(), tokens)
     >>> print(layers)
-    path                    kind          shape  inputs  positions  preconditioned
-    ----------------------------------------------------------------------------------------------
-    attention/key/kernel    DenseGeneral  8x2x4  4x6x8           6  yes
-    attention/out/kernel    DenseGeneral  2x4x8  4x6x8           6  yes
-    attention/query/kernel  DenseGeneral  8x2x4  4x6x8           6  yes
-    attention/value/kernel  DenseGeneral  8x2x4  4x6x8           6  yes
-    embed/embedding                       50x8                      passes through
-    head/kernel             Dense         8x50   4x6x8           6  yes, without bias: not centred
-    norm/bias                             8                         passes through
-    norm/scale                            8                         passes through
-    5 layers, 688 of 1,104 parameters
+    path                    kind          shape  inputs  calls  positions  preconditioned
+    -------------------------------------------------------------------------------------
+    attention/key/kernel    DenseGeneral  8x2x4  4x6x8       1          6  yes
+    attention/out/kernel    DenseGeneral  2x4x8  4x6x8       1          6  yes
+    attention/query/kernel  DenseGeneral  8x2x4  4x6x8       1          6  yes
+    attention/value/kernel  DenseGeneral  8x2x4  4x6x8       1          6  yes
+    embed/embedding         Embed         50x8                             passes through
+    head/kernel             Dense         8x50   4x6x8       1          6  yes
+    norm/bias               LayerNorm     8                                passes through
+    norm/scale              LayerNorm     8                                passes through
+    5 layers, 738 of 1,154 parameters (64.0%)
     >>> layers[("attention", "key", "kernel")].output
     (1, 2)
 
@@ -166,7 +173,12 @@ def layers(
     model: The model.
     *init_args: Arguments of ``model.init`` after the random key; arrays may be
       `jax.ShapeDtypeStruct`.
-    strict: Whether to raise if there is a linear layer that BNP cannot precondition.
+    strict: Whether to raise if BNP does not reach a parameter of two and more axes. Embeddings, the
+      parameters of norms and those in `ignore` may pass through.
+    ignore: Prefixes of the paths of parameters that are to train without BNP, such as
+      ``["positions", "decoder/router"]``.
+    axis_name: Name of a mapped axis that the model needs, or a tuple of names, as for
+      ``nn.BatchNorm(axis_name=...)``. The model is traced for one part.
     exact_windows: As in `sow_statistics`.
     **init_kwargs: Keyword arguments of ``model.init``, such as ``train=False`` or ``method``.
 
@@ -175,13 +187,29 @@ def layers(
     table of all parameters.
 
   Raises:
-    ValueError: If `strict` and a linear layer cannot be covered. The message names each and why.
+    ValueError: If `strict` and a parameter is not covered, or if a prefix in `ignore` is that of no
+      parameter. The message names each.
   """
   called: dict[Path, str] = {}
+  owners: dict[Path, Owner] = {}
 
   def record(module: nn.Module, call: Call) -> Observation:
     kind = called[(*module.path, call.kernel)] = type(module).__name__
     return observe_call(call, kind)
+
+  def note_owner(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    outputs, module = next_fun(*args, **kwargs), context.module
+    if module.scope is not None:
+      for name, x in nn.meta.unbox(module.variables).get("params", {}).items():
+        if not isinstance(x, Mapping):
+          owner = Owner.of(module, name, jnp.ndim(x), nn.Embed, _NORMS)
+          owners.setdefault((*module.path, name), owner)
+    return outputs
 
   arrays, rebuild = split_arrays((init_args, init_kwargs))
 
@@ -192,18 +220,23 @@ def layers(
     # init takes all positions; a decoding cache would take one at a time.
     for collection in ("intermediates", "cache"):
       variables.pop(collection, None)
-    with report_calls(Reporter(record, merge_observations, exact_windows, leave=leave_observation)):
+    reporter = Reporter(
+      record, merge_observed, exact_windows, leave=leave_observation, covers_nested=True
+    )
+    with report_calls(reporter), nn.intercept_methods(note_owner):
       _, aux = type(model).apply(
         model, variables, *args, mutable=True, rngs={"params": key}, **kwargs
       )
     return variables.get("params", {}), aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
-  params, observations = jax.eval_shape(trace, key, arrays)
+  params, observations = jax.eval_shape(with_axes(trace, axis_name), key, arrays)
   return make_layers(
     params,
     observations,
     called,
+    owners,
     "its statistics do not leave the lifted transform around it, such as nn.while_loop",
     strict,
+    ignore,
   )

@@ -6,7 +6,7 @@ them. The model, its outputs and its gradients do not change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 from typing import Any
 
@@ -14,19 +14,16 @@ from flax import nnx
 import jax
 
 from bnp_optax._calls import Call
-from bnp_optax._layers import (
-  Layers,
-  Observation,
-  make_layers,
-  merge_observations,
-  observe_call,
-)
+from bnp_optax._layers import Layers
 from bnp_optax._nnx import Statistics, describe, register, report, report_calls
-from bnp_optax._reporting import Exclude, Reporter, statistics_reporter
+from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
+from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
 
 __all__ = ["Statistics", "layers", "register", "report", "sow_statistics"]
+
+_NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
 @contextlib.contextmanager
@@ -88,7 +85,8 @@ def sow_statistics(
   Args:
     examples: As in `bnp_optax.linen.sow_statistics`.
     example_axes: As in `bnp_optax.linen.sow_statistics`.
-    mask: As in `bnp_optax.linen.sow_statistics`.
+    mask: As in `bnp_optax.linen.sow_statistics`, but not a mapping: an NNX module has no path. Call
+      a part of the model that has another mask within its own context, inside the model.
     axis_name: As in `bnp_optax.linen.sow_statistics`.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
     exclude: As in `bnp_optax.linen.sow_statistics`, for example
@@ -99,14 +97,19 @@ def sow_statistics(
 
   Raises:
     ValueError: While tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
-      if its inputs have no rows, or if layers disagree about the number of examples. Inputs that
-      are complex, or do not fit `mask`, are an error in ``update`` of an optimizer that needs the
+      if its inputs have no rows or do not fit `mask`, or if layers disagree about the number of
+      examples. Inputs that are complex are an error in ``update`` of an optimizer that needs the
       layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
-  with report_calls(
-    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows, exclude)
-  ):
+  if isinstance(mask, Mapping):
+    raise ValueError(
+      "mask= is a mapping, but an NNX module has no path that a prefix could match. Call each part "
+      "of the model within its own sow_statistics(mask=...) context, inside the model."
+    )
+
+  options = (examples, example_axes, Masks(mask), axis_name, exact_windows, exclude)
+  with report_calls(statistics_reporter(lambda *call: (describe(*call),), *options)):
     yield
 
 
@@ -114,6 +117,8 @@ def layers(
   model: nnx.Module,
   *args: Any,
   strict: bool = False,
+  ignore: Collection[str] = (),
+  axis_name: AxisName | None = None,
   exact_windows: bool = False,
   method: str = "__call__",
   **kwargs: Any,
@@ -140,18 +145,20 @@ def layers(
     ...     return self.head(x)
     >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
     >>> print(bnp_optax.nnx.layers(Model(nnx.Rngs(0)), tokens))
-    path             kind           shape  inputs  positions  preconditioned
-    ----------------------------------------------------------------------------------------
-    blocks/0/kernel  Linear         8x8    4x6x8           6  yes
-    blocks/1/kernel  Linear         8x8    4x6x8           6  yes
-    embed/embedding                 50x8                      passes through
-    head/kernel      LinearGeneral  8x5x2  4x6x8           6  yes, without bias: not centred
-    3 layers, 224 of 624 parameters
+    path             kind           shape  inputs  calls  positions  preconditioned
+    -----------------------------------------------------------------------------------------------
+    blocks/0/kernel  Linear         8x8    4x6x8       1          6  yes
+    blocks/1/kernel  Linear         8x8    4x6x8       1          6  yes
+    embed/embedding  Embed          50x8                             passes through
+    head/kernel      LinearGeneral  8x5x2  4x6x8       1          6  yes, without bias: not centred
+    3 layers, 224 of 624 parameters (35.9%)
 
   Args:
     model: The model; it may be the result of `flax.nnx.eval_shape`.
     *args: Arguments of the model; arrays may be `jax.ShapeDtypeStruct`.
-    strict: Whether to raise if there is a linear layer that BNP cannot precondition.
+    strict: As in `bnp_optax.linen.layers`.
+    ignore: As in `bnp_optax.linen.layers`.
+    axis_name: As in `bnp_optax.linen.layers`.
     exact_windows: As in `sow_statistics`.
     method: Name of the method to trace.
     **kwargs: Keyword arguments of the model.
@@ -161,7 +168,7 @@ def layers(
     table of all parameters.
 
   Raises:
-    ValueError: If `strict` and a linear layer cannot be covered. The message names each and why.
+    ValueError: In the cases of `bnp_optax.linen.layers`.
   """
 
   def record(module: nnx.Module, call: Call) -> Observation:
@@ -169,10 +176,20 @@ def layers(
 
   arrays, rebuild = split_arrays((args, kwargs))
 
-  def trace(model: nnx.Module, arrays: list[Any]) -> Any:
-    args, kwargs = rebuild(arrays)
-    with report_calls(Reporter(record, merge_observations, exact_windows=exact_windows)):
+  # nnx.eval_shape would read the sharding of what was sown.
+  graph, state = nnx.split(model)
+
+  def trace(state: Any, arrays: list[Any]) -> Any:
+    model, (args, kwargs) = nnx.merge(graph, state), rebuild(arrays)
+    with report_calls(Reporter(record, merge_observed, exact_windows, covers_nested=True)):
       return nnx.capture(getattr(model, method), Statistics)(*args, **kwargs)[1]
 
-  observations = nnx.eval_shape(trace, model, arrays)
-  return make_layers(nnx.state(model, nnx.Param), observations, {}, "", strict)
+  observations = jax.eval_shape(with_axes(trace, axis_name), state, arrays)
+  owners = {
+    tuple(map(str, (*path, name))): Owner.of(module, name, x.ndim, nnx.Embed, _NORMS)
+    for path, module in nnx.iter_graph(model)
+    if isinstance(module, nnx.Module)
+    for name, x in vars(module).items()
+    if isinstance(x, nnx.Param)
+  }
+  return make_layers(nnx.state(model, nnx.Param), observations, {}, owners, "", strict, ignore)

@@ -1,4 +1,4 @@
-"""The canonical form of a kernel, and the mapping and table of layers."""
+"""The canonical form of a kernel."""
 
 import functools
 import math
@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import pytest
 
 import bnp_optax
-from bnp_optax import _layers
 from bnp_optax._layout import KernelLayout
 from tests import unrolled
 
@@ -73,109 +70,6 @@ def test_statistics_shapes():
   assert layout.statistics_shape((3, 3, 5, 7)) == (5,)
   exact = KernelLayout(window=(0, 1), feature=(2,), output=(3,), groups=2, exact_windows=True)
   assert exact.statistics_shape((3, 3, 5, 8)) == (90,)
-
-
-@pytest.mark.parametrize(
-  ("shape", "inner", "outer", "expected"),
-  [
-    ((3, 4), (3, 4), (), ((), ())),
-    ((5, 3, 4), (3, 4), (5,), ((0,), ())),
-    ((3, 5, 4), (3, 4), (5,), ((1,), ())),
-    ((3, 3, 3), (3, 3), (3,), ((0,), ())),  # By default, stacks lead.
-    ((3, 4), (3, 4), (7,), ((), (0,))),
-    ((5, 3, 4), (3, 4), (5, 7), ((0,), (1,))),
-    ((5, 3, 4), (3, 4), (7, 5), ((0,), (0,))),
-    ((2, 5, 3, 4), (3, 4), (2, 5), ((0, 1), ())),
-    ((5, 3, 4), (3, 4), (5, 5), None),  # Which is the scan over time?
-    ((3, 4), (5, 3, 4), (), None),
-    ((5, 3, 4), (3, 4), (), None),
-  ],
-)
-def test_stack_axes(shape, inner, outer, expected):
-  assert _layers._stack_axes(shape, inner, outer) == expected
-
-
-# The mapping and its table.
-
-
-class Everything(nn.Module):
-  """Linear layers, other parameters, and a kernel of a custom module."""
-
-  @nn.compact
-  def __call__(self, tokens):
-    x = nn.Embed(9, 4, name="embed")(tokens)
-    x = nn.LayerNorm(name="norm")(x + self.param("position", nn.initializers.zeros, (1, 5, 4)))
-    x = nn.Conv(8, (3,), feature_group_count=4, name="conv")(x)
-    x = nn.Einsum((8, 3), "btd,dk->bk", use_bias=False, name="pool")(x)
-    x = nn.Einsum((3, 3, 2), "bd,dkl->bk", name="odd")(x)
-    return x @ self.param("kernel", nn.initializers.ones, (3, 2))
-
-
-TABLE = """\
-path             kind    shape  inputs  positions  preconditioned
---------------------------------------------------------------------------------------------------------------------------------------------
-conv/kernel      Conv    3x1x8  2x5x4           5  yes
-embed/embedding          9x4                       passes through
-kernel                   3x2                       NO: no supported linear layer was called with it: a custom module, or not called
-norm/bias                4                         passes through
-norm/scale               4                         passes through
-odd/bias                 3                         passes through
-odd/kernel       Einsum  3x3x2  2x3             1  NO: in 'bd,dkl->bk' the kernel's axis 'l' is summed alone, so its rows are not defined
-pool/kernel      Einsum  8x3    2x8             1  yes, without bias: not centred
-position                 1x5x4                     passes through
-2 layers, 56 of 147 parameters"""  # noqa: E501
-
-
-@pytest.fixture(scope="module")
-def everything():
-  return bnp_optax.linen.layers(Everything(), jax.ShapeDtypeStruct((2, 5), jnp.int32))
-
-
-def test_the_table(everything):
-  lines = [line.rstrip() for line in str(everything).splitlines()]
-  expected = TABLE.splitlines()
-  assert lines[0] == expected[0]
-  assert lines[2:] == expected[2:]
-
-
-def test_strict_names_each_layer_and_why():
-  with pytest.raises(ValueError, match="BNP cannot precondition these layers") as error:
-    bnp_optax.linen.layers(Everything(), jnp.ones((2, 5), jnp.int32), strict=True)
-  assert "  kernel: no supported linear layer" in str(error.value)
-  assert "  odd/kernel: in 'bd,dkl->bk'" in str(error.value)
-  assert "conv" not in str(error.value)
-
-
-def test_layers_are_an_immutable_hashable_mapping(everything):
-  assert set(everything) == {("conv", "kernel"), ("pool", "kernel")}
-  assert everything["conv", "kernel"].groups == 4
-  same = bnp_optax.linen.layers(Everything(), jnp.ones((2, 5), jnp.int32))
-  assert (same == everything, hash(same) == hash(everything)) == (True, True)
-  with pytest.raises(AttributeError):
-    everything.entries = ()
-  with pytest.raises(TypeError):
-    everything["conv", "kernel"] = KernelLayout()  # pyright: ignore[reportIndexIssue]
-
-
-def test_layers_survive_inject_hyperparams(everything):
-  params = jax.jit(Everything().init)(jax.random.key(0), jnp.ones((2, 5), jnp.int32))["params"]
-  tx = optax.inject_hyperparams(bnp_optax.scale_by_bnp)(decay=0.5, layers=everything)
-  state = tx.init(params)
-  assert set(state.hyperparams) == {"decay", "eps_relative", "eps_absolute"}
-  assert state.inner_state.input_mean["conv"]["kernel"].shape == (4,)
-
-
-def test_hundreds_of_layers():
-  class Deep(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      for _ in range(300):
-        x = nn.Dense(1024)(x)
-      return x
-
-  layers = bnp_optax.linen.layers(Deep(), jax.ShapeDtypeStruct((8, 1024), jnp.float32))
-  assert len(layers) == 300
-  assert len(str(layers).splitlines()) == 303
 
 
 # Proposition 10.

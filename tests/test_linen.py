@@ -328,39 +328,87 @@ def test_padding_of_examples():
   check(statistics, x[:2], examples=2)
 
 
-def test_a_head_after_pooling_is_not_masked():
-  class Pooled(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(2, name="head")(nn.Dense(3, name="tokens")(x).mean(1))
+class Pooled(nn.Module):
+  """A layer on tokens, and a head on their masked mean, which is NaN for padding alone."""
 
+  @nn.compact
+  def __call__(self, x, mask):
+    h = nn.Dense(3, name="tokens")(jnp.where(mask[..., None], x, 0))
+    return nn.Dense(2, name="head")(h.mean(1, where=mask[..., None]))
+
+
+def test_a_head_after_pooling_takes_the_examples_that_are_not_padding_alone():
   x = uniform(3, 4, 5)
-  mask = jnp.ones((3, 4), bool).at[0, 0].set(False)
-  stats = sow(Pooled(), init(Pooled(), x), x, context={"mask": mask})
-  assert stats["tokens"]["layer_statistics"].rows == 11
-  assert stats["head"]["layer_statistics"].rows == 3
+  mask = jnp.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
+  params = init(Pooled(), x, mask)
+  stats = sow(Pooled(), params, x, mask, context={"mask": mask})
+  check(stats["tokens"]["layer_statistics"], x[mask], examples=2)
+  kernel, bias = (np.asarray(params["tokens"][name]) for name in ("kernel", "bias"))
+  h = np.stack([x[0, :2].mean(0), x[2, 0]]) @ kernel + bias
+  check(stats["head"]["layer_statistics"], h, tolerance=1e-5)
 
 
 def test_a_mask_that_does_not_fit():
-  x, model = uniform(3, 4, 5), nn.Dense(2)
+  x, model = uniform(3, 4, 5), nn.Dense(2, name="dense")
+  params = init(model, x)
   with pytest.raises(ValueError, match=r"mask of shape \(3, 5\) does not fit .*\(3, 4, 5\)"):
-    update(model, init(model, x), x, mask=jnp.ones((3, 5), bool))
+    sow(model, params, x, context={"mask": jnp.ones((3, 5), bool)})
 
 
-def test_a_mask_may_fit_some_layers_and_not_those_that_are_left_out():
+class Graph(nn.Module):
+  """A network of nodes and edges, each with padding, with the positions folded into one axis."""
+
+  @nn.compact
+  def __call__(self, nodes, edges, sender):
+    h = nn.relu(nn.Dense(4, name="node")(nodes))
+    h = nn.Dense(4, name="edge")(jnp.concatenate([h[sender], edges], -1))
+    return nn.Dense(1, name="out")(jax.ops.segment_sum(h, sender, len(nodes)))
+
+
+def graph():
+  nodes, edges = uniform(8, 3).at[6:].set(jnp.nan), uniform(12, 2, seed=1).at[9:].set(jnp.nan)
+  return nodes, edges, jnp.array([0, 1, 2, 3, 4, 5, 0, 1, 2, 7, 7, 7])
+
+
+def test_a_mask_for_each_prefix():
+  nodes, edges, sender = graph()
+  params = init(Graph(), nodes, edges, sender)
+  with pytest.raises(ValueError, match=r"Layer edge: the mask of shape \(8,\) .* \(12, 6\)"):
+    sow(Graph(), params, *graph(), context={"mask": np.arange(8) < 6})
+  masks = {"": np.arange(8) < 6, "edge": np.arange(12) < 9}
+  stats = sow(Graph(), params, *graph(), context={"mask": masks, "examples": 6})
+  kernel, bias = (np.asarray(params["node"][name]) for name in ("kernel", "bias"))
+  h = np.maximum(0, np.asarray(nodes) @ kernel + bias)
+  rows = np.concatenate([h[sender], edges], -1)[:9]
+  check(stats["edge"]["layer_statistics"], rows, examples=6, tolerance=1e-5)
+  check(stats["node"]["layer_statistics"], nodes[:6], examples=6)
+
+
+def test_a_prefix_without_a_mask():
+  """The mask of one part does not fit the other, which has none."""
+
   class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
       return nn.Dense(2, name="fits")(x[:, :2]), nn.Dense(2, name="other")(x)
 
-  x = uniform(3, 4, 5)
+  x, mask = uniform(3, 4, 5), jnp.ones((3, 2), bool).at[0, 0].set(False)
   params = init(Model(), x)
-  stats = sow(Model(), params, x, context={"mask": jnp.ones((3, 2), bool)})
-  kept = optax.masked(bnp_optax.scale_by_bnp(debias=False), {"fits": True, "other": False})
-  kept.update(params, kept.init(params), stats=stats)
-  tx = bnp_optax.scale_by_bnp(debias=False)
-  with pytest.raises(ValueError, match="No statistics for other: the mask of shape"):
-    tx.update(params, tx.init(params), stats=stats)
+  for masks in ({"fits": mask}, {"": mask, "other": None}):
+    stats = sow(Model(), params, x, context={"mask": masks})
+    assert stats["fits"]["layer_statistics"].rows == 5
+    assert stats["other"]["layer_statistics"].rows == 12
+  with pytest.raises(ValueError, match="no layer that was called: othr"):
+    sow(Model(), params, x, context={"mask": {"fits": mask, "othr": None}})
+
+
+def test_masks_by_prefix_with_an_inner_function_that_was_traced_before():
+  x, model = uniform(4, 3), nn.Dense(2)
+  params = init(model, x)
+  forward = jax.jit(lambda x: model.apply({"params": params}, x, mutable=["intermediates"])[1])
+  for _ in range(2):
+    with sow_statistics(mask={"": np.array([1, 0, 1, 1])}):
+      assert forward(x)["intermediates"]["layer_statistics"].rows == 3
 
 
 @pytest.mark.parametrize("cast", [np.asarray, lambda m: 3 * m.astype(int), lambda m: m.tolist()])
@@ -621,7 +669,7 @@ def test_a_custom_module_with_its_own_kernel():
   layers = bnp_optax.linen.layers(model, x)
   updates, _ = update(model, params, x, layers)
   chex.assert_trees_all_equal(updates["kernel"], params["kernel"])
-  assert "NO: no supported linear layer was called with it" in str(layers)
+  assert "unknown: no supported linear layer was called with it" in str(layers)
 
 
 def test_a_masked_kernel_is_refused():

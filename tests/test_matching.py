@@ -5,6 +5,7 @@ Errors of layers that lose their statistics inside a model are in tests/test_lin
 
 import dataclasses
 
+from flax.core import FrozenDict
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -246,18 +247,37 @@ def test_state_for_other_parameters(mlp):
     tx.init(wider),
     stats=stats,
   )
+
+
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    (lambda p: {"first": p["first"]}, r"its input_mean lacks second\. Call tx.init"),
+    (lambda p: {**p, "third": p["first"]}, "its input_mean has third, which they lack"),
+    (lambda p: {**p, "norm": {"scale": jnp.ones(3)}}, "its input_mean has norm, which they lack"),
+    (lambda p: {**p, "gain": jnp.ones(3)}, "its input_mean has gain, which they lack"),
+    (lambda p: {"first": p["first"], "a": p["second"]}, "lacks second and has a, which they lack"),
+    (lambda p: FrozenDict(p), "the structure of its input_mean is"),
+  ],
+)
+def test_a_state_for_other_parameters_names_what_was_added_and_removed(change, match, mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  raises(match, tx.update, grads, tx.init(change(params)), stats=stats)
+
+
+def test_a_state_made_with_other_layers(mlp):
+  params, grads, stats = mlp
+  layouts = {(name, "kernel"): KernelLayout() for name in ("first", "second")}
+  both = bnp_optax.scale_by_bnp(layers=layouts)
+  one = bnp_optax.scale_by_bnp(layers={("first", "kernel"): KernelLayout()})
+  match = "input_mean has an array for second/kernel, which is no layer"
+  raises(match, one.update, grads, both.init(params), stats=stats)
   raises(
-    "state was made for other parameters",
-    tx.update,
+    r"Layer second: .* of shape \(4,\), found None",
+    both.update,
     grads,
-    tx.init({"first": params["first"]}),
-    stats=stats,
-  )
-  raises(
-    "state was made for other parameters",
-    tx.update,
-    grads,
-    tx.init({**params, "third": jnp.ones(3)}),
+    one.init(params),
     stats=stats,
   )
 
@@ -307,7 +327,7 @@ def test_match_state_returns_the_leaves_in_the_order_of_the_gradients():
   params = {"a": params["a"] | {"bias": jnp.ones(3)}, "scale": jnp.ones(2)}
   mean = bnp_optax.scale_by_bnp().init(params).input_mean
   (layer,) = find_layers(params, None)
-  found = match_state("input_mean", mean, jax.tree.structure(params), {layer: (2,)})
+  found = match_state("input_mean", mean, params, {layer: (2,)})
   assert [getattr(x, "shape", None) for x in found] == [None, (2,), None]
 
 

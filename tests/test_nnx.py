@@ -597,3 +597,58 @@ def test_missing_layers_are_named_with_their_kernels():
   stats = {"layer_statistics": bnp_optax.LayerStatistics(*[jnp.ones(2)] * 5)}
   with pytest.raises(ValueError, match="No statistics for lora_a, lora_b"):
     tx.update(params, tx.init(params), stats=stats)
+
+
+def test_masks_by_prefix_are_refused():
+  with (
+    pytest.raises(ValueError, match="an NNX module has no path"),
+    sow_statistics(mask={"encoder": np.ones(3)}),
+  ):
+    pass
+
+
+class Nested(nnx.Module):
+  """A model that enters a context itself, with an embedding, a norm and a matrix of its own."""
+
+  def __init__(self, rngs):
+    self.embed = nnx.Embed(9, 4, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, axis_name="batch", rngs=rngs)
+    self.matrix = nnx.Param(jnp.ones((4, 4)))
+    self.inner = nnx.Conv(4, 3, (3,), rngs=rngs)
+    self.head = nnx.Linear(3, 2, rngs=rngs)
+
+  def __call__(self, tokens):
+    x = self.norm(self.embed(tokens)) @ self.matrix[...]
+    with sow_statistics(exact_windows=True):
+      x = self.inner(x)
+    return self.head(x)
+
+
+def test_layers_with_a_context_inside_and_a_mapped_axis():
+  model, tokens = build(Nested), jax.ShapeDtypeStruct((2, 5), jnp.int32)
+  layers = functools.partial(bnp_optax.nnx.layers, model, tokens, axis_name="batch")
+  with pytest.raises(ValueError, match=r"parameters:\n  matrix: no supported.*\nName in ignore="):
+    layers(strict=True)
+  table = layers(strict=True, ignore=["matrix"])
+  assert {path: layout.exact_windows for path, layout in table.items()} == {
+    ("head", "kernel"): False,
+    ("inner", "kernel"): True,
+  }
+  kinds = {entry.path[0]: entry.kind for entry in table.entries}
+  assert (kinds["embed"], kinds["norm"], kinds["matrix"]) == ("Embed", "BatchNorm", "Nested")
+  with pytest.raises(NameError, match="unbound axis name"):
+    bnp_optax.nnx.layers(model, tokens)
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("metadata", [{}, {"kernel_metadata": {"out_sharding": ("data", "model")}}])
+def test_layers_and_survey_under_a_mesh(kind, metadata):
+  make = functools.partial(nnx.Linear, 8, 2, **metadata)
+  x = uniform(4, 8)
+  plain = bnp_optax.nnx.layers(nnx.Linear(8, 2, rngs=rngs()), x)
+  expected = bnp_optax.conditioning.survey(*nnx.split(nnx.Linear(8, 2, rngs=rngs())), x)
+  with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))):
+    model = make(rngs=rngs())
+    assert bnp_optax.nnx.layers(model, x) == plain
+    found = bnp_optax.conditioning.survey(*nnx.split(model), x)
+  np.testing.assert_allclose(found.layers[0].after, expected.layers[0].after, rtol=1e-5)

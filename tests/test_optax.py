@@ -5,6 +5,8 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -97,13 +99,36 @@ def test_unexpected_extra_arguments_and_one_compilation(inner, problem):
 
 @optimizers
 def test_map_params(inner, problem):
+  """The arrays of BNP's state are vectors; those of the inner optimizer are like the parameters."""
   params, *_ = problem
   state = jax.tree.map(lambda v: v + 1, make(inner).init(params))
-  chex.assert_trees_all_equal(optax.tree.map_params(make(inner), lambda v: v, state), state)
   tripled = optax.tree.map_params(make(inner), lambda v: 3 * v, state)
+  chex.assert_trees_all_equal(optax.tree.map_params(make(inner), lambda v: v, state), state)
+  for name in ("input_mean", "input_variance", "input_weight"):
+    chex.assert_trees_all_equal(optax.tree.get(tripled, name), optax.tree.get(state, name))
+  if inner is INNER["adam"]:
+    mu = optax.tree.get(state, "mu")
+    chex.assert_trees_all_equal(optax.tree.get(tripled, "mu"), jax.tree.map(lambda v: 3 * v, mu))
+
+
+@pytest.mark.parametrize("inner", [None, INNER["adam"]])
+def test_map_params_with_specs(inner, problem):
+  """The statistics are replicated; what is like the parameters is split as they are."""
+  params, *_ = problem
+  kernel, bias = P(None, "model"), P("model")
+  specs = jax.tree.map(lambda v: kernel if v.ndim == 2 else bias, params)
+  tx = make(inner)
+  arguments = lambda _, spec: spec, jax.eval_shape(tx.init, params), specs
+  found = optax.tree.map_params(tx, *arguments, transform_non_params=lambda _: P())
+  mesh = jax.make_mesh((1,), ("model",))
+  is_spec = lambda v: isinstance(v, P)
+  shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), found, is_leaf=is_spec)
+  state = jax.jit(tx.init, out_shardings=shardings)(params)
   for name in ("input_mean", "input_variance"):
-    expected = jax.tree.map(lambda v: 3 * v, optax.tree.get(state, name))
-    chex.assert_trees_all_equal(optax.tree.get(tripled, name), expected)
+    assert {v.sharding.spec for v in jax.tree.leaves(optax.tree.get(state, name))} == {P()}
+  if inner:
+    moments = optax.tree.get(state, "mu")
+    assert jax.tree.map(lambda v: v.sharding.spec, moments) == specs
 
 
 @optimizers

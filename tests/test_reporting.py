@@ -11,7 +11,7 @@ import pytest
 
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 
 
@@ -34,7 +34,7 @@ def call(*shape, **kwargs):
 
 def reporter(examples=None, example_axes=1, mask=None, axis_name=None, exact_windows=False):
   return statistics_reporter(
-    lambda module, call: "name", examples, example_axes, mask, axis_name, exact_windows
+    lambda module, call: ("name",), examples, example_axes, Masks(mask), axis_name, exact_windows
   )
 
 
@@ -116,17 +116,47 @@ def test_an_example_counts_if_any_of_its_positions_does(mask, rows, examples):
   np.testing.assert_allclose(found.mean, np.asarray(h.inputs)[present].mean(0), rtol=1e-6)
 
 
-def test_inputs_that_have_the_example_axes_alone_are_not_masked():
-  assert statistics(call(3, 4), mask=np.zeros((5, 2), bool)).rows == 3
-  found = statistics(call(3, 2, 4), mask=np.zeros((5, 2), bool))
-  assert isinstance(found, NoStatistics)
-  assert found.reason.startswith("the mask of shape (5, 2) does not fit")
+def test_without_the_axes_of_the_positions_an_example_counts_if_any_of_them_does():
+  mask = np.array([[True, False], [False, False], [True, True]])
+  h = call(3, 4)
+  found = statistics(h, mask=mask)
+  assert (found.rows, found.examples) == (2, 2)
+  np.testing.assert_allclose(found.mean, np.asarray(h.inputs)[[0, 2]].mean(0), rtol=1e-6)
+  assert statistics(call(4), mask=mask).rows == 1
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5,), (3, 5), (3, 5, 2), (2, 3)])
+def test_a_mask_that_does_not_begin_as_the_inputs_is_refused(shape):
+  with pytest.raises(ValueError, match=rf"Layer name: the mask of shape \({shape[0]}.*\(3, 2, 4\)"):
+    report(call(3, 2, 4), mask=np.ones(shape, bool))
+
+
+def test_the_longest_prefix_of_whole_names_gives_the_mask():
+  masks = Masks({"a": None, "a/b": [0, 1], "": [1, 1]})
+  for path, expected in (
+    (("a",), None),
+    (("a", "b", "c"), [False, True]),
+    (("a", "bb"), None),
+    (("aa",), [True, True]),
+    ((), [True, True]),
+  ):
+    found = masks.of_layer(path)
+    assert found is expected is None or list(found) == expected
+  masks.check_prefixes()
+  assert Masks({"a": [1]}).of_layer(("b",)) is None
+
+
+def test_prefixes_of_no_layer_are_refused():
+  masks = Masks({"a": None, "a/b": None, "c": None, "": None})
+  masks.of_layer(("a", "c"))
+  with pytest.raises(ValueError, match=r"no layer that was called: a/b, c\."):
+    masks.check_prefixes()
 
 
 @pytest.mark.parametrize("mask", [None, [1, 0, 0]])
 def test_a_number_of_examples_is_that_of_every_call(mask):
-  found = statistics(call(3, 2, 4), call(6, 4), examples=7, mask=mask)
-  assert (found.rows, found.examples) == (12 if mask is None else 8, 7)
+  found = statistics(call(3, 2, 4), call(3, 4), examples=7, mask=mask)
+  assert (found.rows, found.examples) == (9 if mask is None else 3, 7)
 
 
 def test_layers_that_disagree_about_the_number_of_examples():

@@ -286,10 +286,9 @@ def _concatenate(a: _Matrix, b: _Matrix) -> _Matrix:
 
 
 _MATRICES = Reporter(
-  _record,
-  _concatenate,
-  exact_windows=True,
+  *(_record, _concatenate, True),
   leave=lambda a, axis: dataclasses.replace(a, H=jnp.concatenate(a.H, -2)) if axis is None else a,
+  covers_nested=True,
 )
 
 

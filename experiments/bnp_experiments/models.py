@@ -90,7 +90,8 @@ def convolve_by_product(
   Returns:
     Maps `[batch, height, width, features]`.
   """
-  assert padding == "VALID" and options.get("feature_group_count", 1) == 1
+  assert padding == "VALID"
+  assert options.get("feature_group_count", 1) == 1
   window = kernel.shape[:2]
   height, width = (
     (size - k) // stride + 1

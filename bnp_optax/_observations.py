@@ -1,0 +1,239 @@
+"""Observations of the layers of a model that is traced, and the table that they make.
+
+A framework traces its model with `jax.eval_shape` and sows an `Observation` beside each linear
+layer, as it sows statistics in training. An observation that comes out stacked was scanned or
+mapped.
+"""
+
+from collections.abc import Collection, Mapping
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bnp_optax._calls import Call
+from bnp_optax._layers import LayerEntry, Layers, Shape
+from bnp_optax._layout import KernelLayout
+from bnp_optax._statistics import TWO_MEANINGS
+from bnp_optax._trees import Path, by_kernel, flatten, has_prefix
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observation:
+  """A description of one layer, sown while the model is traced. Only the marker is a leaf.
+
+  Attributes:
+    marker: A scalar where it is sown. Scan and vmap stack it as they stack statistics.
+    kind: Class of the layer.
+    kernel: Name of the kernel leaf.
+    shape: Shape of the kernel inside the layer.
+    inputs: Shape of the inputs.
+    calls: Number of calls.
+    positions: Number of output positions of an example, over all calls.
+    layout: Layout of the kernel inside the layer.
+    problem: Why BNP is not defined for it, or empty.
+  """
+
+  marker: jax.Array
+  kind: str = dataclasses.field(metadata={"static": True})
+  kernel: str = dataclasses.field(metadata={"static": True})
+  shape: Shape = dataclasses.field(metadata={"static": True})
+  inputs: Shape = dataclasses.field(metadata={"static": True})
+  calls: int = dataclasses.field(metadata={"static": True})
+  positions: int = dataclasses.field(metadata={"static": True})
+  layout: KernelLayout = dataclasses.field(metadata={"static": True})
+  problem: str = dataclasses.field(metadata={"static": True})
+
+
+def observe_call(call: Call, kind: str, example_axes: int = 1) -> Observation:
+  """Return the observation of one call of a layer."""
+  examples = max(1, math.prod(call.example_shape(example_axes)))
+  rows = math.prod(call.leading) if call.rows is None else call.rows
+  return Observation(
+    marker=jnp.zeros(()),
+    kind=kind,
+    kernel=call.kernel,
+    shape=call.shape,
+    inputs=call.inputs.shape,
+    calls=1,
+    positions=rows // examples,
+    layout=call.layout,
+    problem=call.problem,
+  )
+
+
+def merge_observed(a: Observation, b: Observation) -> Observation:
+  """Merge the observations of two calls of a layer."""
+  problem = a.problem or b.problem
+  if (a.shape, a.layout) != (b.shape, b.layout):
+    problem = problem or TWO_MEANINGS
+  calls, positions = a.calls + b.calls, a.positions + b.positions
+  return dataclasses.replace(a, calls=calls, positions=positions, problem=problem)
+
+
+class Owner(NamedTuple):
+  """The module that a parameter belongs to.
+
+  Attributes:
+    kind: Class of the module.
+    ndim: Number of axes of the parameter inside the module.
+    linear: Whether the parameter may be the kernel of a linear layer. Embeddings and the
+      parameters of norms are not.
+  """
+
+  kind: str
+  ndim: int
+  linear: bool
+
+  @classmethod
+  def of(
+    cls, module: Any, name: str, ndim: int, embeddings: type, norms: tuple[type, ...]
+  ) -> "Owner":
+    """Return the owner of the parameter that a module has under a name."""
+    # nn.WeightNorm names its parameters after the kernels that it scales.
+    leaf = name.rpartition("/")[-1]
+    embedding = isinstance(module, embeddings) and leaf == "embedding"
+    norm = isinstance(module, norms) and leaf in ("scale", "bias")
+    return cls(type(module).__name__, ndim, not (embedding or norm))
+
+
+def make_layers(
+  params: Any,
+  observations: Any,
+  called: Mapping[Path, str],
+  owners: Mapping[Path, Owner],
+  lost: str,
+  strict: bool,
+  ignore: Collection[str],
+) -> Layers:
+  """Make the table of a model.
+
+  Args:
+    params: The parameters, or their shapes.
+    observations: A tree in which each `Observation` lies beside its kernel.
+    called: Class of every linear layer that was called, by the path of its kernel, including those
+      whose observation was lost.
+    owners: The owners of the parameters that are known, by path.
+    lost: Why an observation may have been lost, and how to prevent it.
+    strict: Whether to raise if a parameter is not covered.
+    ignore: Prefixes of the paths of parameters that may pass through.
+
+  Raises:
+    ValueError: If `strict` and a parameter is not covered, which the message names with the reason;
+      or if a prefix in `ignore` is that of no parameter.
+  """
+  shapes = {path: tuple(x.shape) for path, x in flatten(params)}
+  for prefix in ignore:
+    if not any(has_prefix(path, prefix) for path in shapes):
+      raise ValueError(f"ignore= has a prefix of no parameter of the model: {prefix!r}.")
+  observed: dict[Path, Observation] = by_kernel(observations, Observation)
+  beside = {(*path[:-1], x.layout.bias) for path, x in observed.items()}
+  beside |= {(*path[:-1], "bias") for path in called}
+  biases, entries = set(), {}
+
+  def passed_by(path: Path, kind: str, reason: str = "", covered: bool | None = True) -> LayerEntry:
+    shape, note = shapes[path], reason or "passes through"
+    return LayerEntry(path, kind, shape, None, None, None, None, math.prod(shape), note, covered)
+
+  for path, shape in shapes.items():
+    owner = owners.get(path, Owner("", len(shape), linear=True))
+    if path in observed:
+      entries[path], bias = _entry(path, shape, observed[path], shapes)
+      biases.add(bias)
+    elif path in called:
+      entries[path] = passed_by(path, called[path], lost, covered=False)
+    elif owner.linear and owner.ndim >= 2 and path not in beside:
+      reason = "no supported linear layer was called with it: a custom module, or not called"
+      entries[path] = passed_by(path, owner.kind, reason, covered=None)
+    else:
+      entries[path] = passed_by(path, owner.kind)
+  for path, x in observed.items():
+    if path not in shapes:
+      note = "its kernel is shared with another module, so its statistics would be lost"
+      found = (x.kind, x.shape, x.inputs, x.calls, x.positions)
+      entries[path] = LayerEntry(path, *found, None, 0, note, covered=False)
+  for path, entry in entries.items():
+    if not entry.covered and any(has_prefix(path, prefix) for prefix in ignore):
+      entries[path] = dataclasses.replace(entry, note="passes through", covered=True)
+  layers = Layers(tuple(entry for path, entry in entries.items() if path not in biases))
+  if strict and (missing := [entry for entry in layers.entries if not entry.covered]):
+    raise ValueError(
+      "BNP cannot precondition these parameters:\n"
+      + "\n".join(f"  {'/'.join(entry.path)}: {entry.note}." for entry in missing)
+      + "\nName in ignore= those that are to train without BNP. Without strict=True, their "
+      "gradients pass through unchanged."
+    )
+  return layers
+
+
+def _entry(
+  path: Path, shape: Shape, observed: Observation, params: Mapping[Path, Shape]
+) -> tuple[LayerEntry, Path | None]:
+  """Return the entry of one kernel, and the path of the bias that it covers, if any."""
+  calls, positions = observed.calls, observed.positions
+  problem, layout = observed.problem, None
+  bias = (*path[:-1], observed.layout.bias)
+  if not problem:
+    found = _stack_axes(shape, observed.shape, observed.marker.shape)
+    if found is None:
+      problem = (
+        f"the parameter of shape {shape} reaches the layer as {observed.shape}, stacked as "
+        f"{observed.marker.shape}, so the axes cannot be matched"
+      )
+    else:
+      stack, repeated = found
+      repetitions = math.prod(observed.marker.shape[axis] for axis in repeated)
+      calls, positions = calls * repetitions, positions * repetitions
+      layout = dataclasses.replace(observed.layout.stacked(stack), calls=repeated)
+      expected = layout.bias_shape(shape)
+      if bias in params and params[bias] != expected:
+        problem = (
+          f"its bias has shape {params[bias]} instead of {expected}; if it is stacked by nn.scan "
+          'or nn.vmap, use variable_axes={"params": 0}'
+        )
+  size, covered_bias = math.prod(shape), None
+  if problem:
+    layout, note = None, problem
+  elif bias not in params:
+    note = "yes, without bias: not centred"
+  else:
+    size, covered_bias, note = size + math.prod(params[bias]), bias, "yes"
+  entry = LayerEntry(
+    *(path, observed.kind, shape, observed.inputs, calls, positions, layout, size, note),
+    covered=not problem,
+  )
+  return entry, covered_bias
+
+
+def _stack_axes(shape: Shape, inner: Shape, outer: Shape) -> tuple[Shape, Shape] | None:
+  """Match the axes that scan and vmap add to a kernel and to the marker.
+
+  Args:
+    shape: Shape of the parameter.
+    inner: Its shape inside the layer.
+    outer: Axes that the marker gained on its way out, the outermost first.
+
+  Returns:
+    The stack axes of the kernel, the outermost first, and the axes of the marker that are repeated
+    calls. Where the shapes leave a choice, the stack leads the kernel, as it does by default for
+    every scan and vmap. None if calls cannot be separated from the stack.
+  """
+  count = len(shape) - len(inner)
+  if count < 0:
+    return None
+  for axes in itertools.permutations(range(len(shape)), count):
+    if tuple(size for axis, size in enumerate(shape) if axis not in axes) != inner:
+      continue
+    fits = [
+      places
+      for places in itertools.combinations(range(len(outer)), count)
+      if all(outer[p] == shape[a] for p, a in zip(places, axes, strict=True))
+    ]
+    if fits:
+      calls = tuple(axis for axis in range(len(outer)) if axis not in fits[0])
+      return (axes, calls) if len(fits) == 1 else None
+  return None

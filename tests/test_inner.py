@@ -1,0 +1,124 @@
+"""The inner optimizers that `bnp` refuses: those that leave out a kernel or a bias alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bnp_optax
+from tests import problems
+from tests.problems import raises
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+PARTS = {
+  "first": {"kernel": "kernel", "bias": "bias"},
+  "second": {"kernel": "kernel", "bias": "bias"},
+}
+
+
+def kernels(params):
+  return jax.tree.map(lambda v: v.ndim > 1, params)
+
+
+def biases(params):
+  return jax.tree.map(lambda v: v.ndim == 1, params)
+
+
+def frozen(params):
+  return {"first": kernels(params["first"]), "second": {"kernel": False, "bias": False}}
+
+
+@pytest.mark.parametrize(
+  ("inner", "match"),
+  [
+    (optax.adamw(0.1, mask=kernels), "first: .* steps the kernel by its values and the bias not"),
+    (optax.lion(0.1, weight_decay=0.1, mask=biases), "the bias by its values and the kernel not"),
+    (optax.contrib.muon(0.1, weight_decay=0.1), "the kernel by its values and the bias not"),
+    (
+      optax.chain(optax.sgd(0.1), optax.freeze(biases)),
+      "the kernel by its gradient and the bias not",
+    ),
+    (optax.chain(optax.sgd(0.1), optax.freeze(frozen)), "first: .* the bias by its gradient"),
+    (
+      optax.partition({"kernel": optax.adam(0.1), "bias": optax.set_to_zero()}, PARTS),
+      "the kernel by its gradient and the bias not",
+    ),
+    (
+      optax.inject_hyperparams(optax.adamw, static_args="mask")(0.1, mask=kernels),
+      "the kernel by its values and the bias not",
+    ),
+  ],
+)
+def test_a_kernel_and_its_bias_apart(inner, match, mlp):
+  raises(rf"bnp: layer .*{match}.*optax.chain\(bnp_optax.bnp\(", bnp_optax.bnp(inner).init, mlp[0])
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optax.adamw(0.1),
+    optax.adamw(0.1, weight_decay=0.0, mask=kernels),
+    optax.contrib.muon(0.1),
+    optax.lamb(0.1),
+    optax.adafactor(0.1),
+    optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+    optax.chain(optax.sgd(0.1), optax.adaptive_grad_clip(0.03)),
+    optax.partition({"kernel": optax.adam(0.1), "bias": optax.sgd(0.1)}, PARTS),
+    optax.partition(
+      {"train": optax.adam(0.1), "freeze": optax.set_to_zero()},
+      {"first": "freeze", "second": "train"},
+    ),
+    optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+  ],
+)
+def test_both_alike(inner, mlp):
+  jax.eval_shape(bnp_optax.bnp(inner).init, mlp[0])
+
+
+def test_parameters_of_no_layer_may_be_masked(mlp):
+  params = {**mlp[0], "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}
+  mask = {"first": True, "second": True, "norm": {"scale": True, "bias": False}}
+  tx = bnp_optax.bnp(optax.adamw(0.1, mask=mask), layers=_layers())
+  jax.eval_shape(tx.init, params)
+
+
+def _layers():
+  return bnp_optax.linen.layers(problems.MLP(), jnp.ones((8, 5)))
+
+
+def test_the_decay_of_kernels_outside_leaves_the_biases_where_they_are(mlp):
+  """With a gradient of 0 the step is the decay alone; inside, the biases would decay as well."""
+  params, grads, stats = mlp
+  grads = jax.tree.map(jnp.zeros_like, grads)
+  decay = optax.add_decayed_weights(0.1, mask=kernels)
+  tx = optax.chain(bnp_optax.bnp(optax.scale_by_adam()), decay, optax.scale(-0.5))
+  updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+  for name, layer in updates.items():
+    kernel = np.asarray(params[name]["kernel"], np.float64)
+    np.testing.assert_allclose(layer["kernel"], -0.05 * kernel, rtol=1e-6)
+    np.testing.assert_array_equal(layer["bias"], 0)
+
+
+@pytest.mark.parametrize("name", ["value_fn", "grad", "grad_fn", "obj_fn"])
+def test_functions_of_the_parameters_are_refused(name, mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.bnp(optax.sgd(0.1))
+  arguments = {"stats": stats, name: None}
+  raises(f"given {name}, as line", tx.update, grads, tx.init(params), params, **arguments)
+
+
+def test_sam_is_refused_on_both_sides(mlp):
+  """It drops the statistics around BNP. Inside, it keeps a copy, or takes a gradient at z."""
+  params, grads, stats = mlp
+  ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+  around = optax.contrib.sam(bnp_optax.bnp(optax.sgd(0.1)), ascent)
+  with pytest.raises(TypeError, match="stats"):
+    around.update(grads, around.init(params), params, stats=stats)
+  raises(
+    "copy of the parameters", bnp_optax.bnp(optax.contrib.sam(optax.sgd(0.1), ascent)).init, params
+  )
+  opaque = bnp_optax.bnp(optax.contrib.sam(optax.sgd(0.1), ascent, opaque_mode=True))
+  state, arguments = opaque.init(params), {"stats": stats, "grad_fn": lambda p, _: p}
+  raises("given grad_fn", opaque.update, grads, state, params, **arguments)
