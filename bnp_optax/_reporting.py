@@ -49,18 +49,22 @@ class Reporter:
   exact_windows: bool
   key: Hashable = dataclasses.field(default_factory=object)
 
-  def sow(self, module: Any, collection: Any, call: Call) -> None:
-    """Sow the record of a call beside its kernel, merged with those of earlier calls."""
+  def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:
+    """Sow the record of a call beside its kernel, merged with those of earlier calls.
+
+    Returns:
+      The outputs of the layer, unchanged.
+    """
     value = self.record(module, call)
-    if value is None:
-      return
-    module.sow(
-      collection,
-      call.statistics_name,
-      value,
-      init_fn=lambda: None,
-      reduce_fn=lambda old, new: new if old is None else self.merge(old, new),
-    )
+    if value is not None:
+      module.sow(
+        collection,
+        call.statistics_name,
+        value,
+        init_fn=lambda: None,
+        reduce_fn=lambda old, new: new if old is None else self.merge(old, new),
+      )
+    return outputs
 
 
 @contextlib.contextmanager
@@ -103,7 +107,7 @@ def statistics_reporter(
 
   def record(module: Any, call: Call) -> LayerStatistics | NoStatistics:
     name = describe(module, call)
-    statistics = _call_statistics(call, name, examples, example_axes, present, axis_name)
+    statistics = call_statistics(call, name, examples, example_axes, present, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
       if len(counted) > 1:
@@ -125,7 +129,7 @@ def _array_key(x: int | jax.Array | None) -> Hashable:
   return object() if isinstance(x, Tracer) else (np.shape(x), np.asarray(x).tobytes())
 
 
-def _call_statistics(
+def call_statistics(
   call: Call,
   name: str,
   examples: int | jax.Array | None,

@@ -11,6 +11,7 @@ import optax
 from bnp_optax import _preconditioner
 from bnp_optax._matching import Layouts, check_state
 from bnp_optax._running import RunningStatistics, ScaleByBnpState
+from bnp_optax._taps import zero_taps
 
 
 def scale_by_bnp(
@@ -109,7 +110,7 @@ def scale_by_bnp(
   ) -> tuple[optax.Updates, ScaleByBnpState]:
     del params, extra_args
     state, preconditioners = running.update(updates, state, stats)
-    return preconditioners.map(_preconditioner.precondition, updates), state
+    return zero_taps(preconditioners.map(_preconditioner.precondition, updates)), state
 
   return optax.GradientTransformationExtraArgs(running.init, update_fn)  # pyright: ignore[reportArgumentType]
 
@@ -220,7 +221,7 @@ def bnp(
         "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
       )
     statistics, preconditioners = running.update(updates, state.statistics, stats)
-    updates = preconditioners.map(_preconditioner.apply_transpose, updates)
+    updates = zero_taps(preconditioners.map(_preconditioner.apply_transpose, updates))
     z = None if params is None else preconditioners.map(_preconditioner.apply_inverse, params)
     updates, inner_state = inner.update(updates, state.inner_state, z, **extra_args)
     updates = preconditioners.map(_preconditioner.apply, updates)

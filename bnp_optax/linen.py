@@ -1,53 +1,29 @@
 """BNP for `flax.linen`: the statistics of each layer's inputs, and the table of a model.
 
-Linen calls every method of every module through its interceptors. One interceptor sows the
-statistics of each layer's inputs beside the layer. The model needs no edit, and its outputs and
-gradients do not change.
+Within `sow_statistics`, each layer sows the statistics of its inputs beside its parameters. The
+model needs no edit, and its outputs and gradients do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
-import contextvars
-import functools
-import inspect
 from typing import Any
 
 import flax.linen as nn
-from flax.linen import recurrent
 import jax
 import jax.numpy as jnp
 
-from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
-from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._linen import report_calls
+from bnp_optax._linen_taps import Tapped
+from bnp_optax._reporting import Reporter, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
+from bnp_optax._taps import remove_taps
 from bnp_optax._trees import Path, show_path, split_arrays
 
-__all__ = ["layers", "sow_statistics"]
-
-# The reader of each layer, by the method that multiplies by its kernel. A subclass that overrides
-# the method is read where it calls the original one, and not read if it does not.
-_READERS = {
-  inspect.unwrap(layer.__call__): reader
-  for layer, reader in (
-    (nn.Dense, _readers.dense),
-    (nn.DenseGeneral, _readers.dense_general),
-    (nn.Einsum, _readers.einsum),
-    (nn.Conv, _readers.conv),
-    (nn.ConvLocal, _readers.conv),
-    (nn.ConvTranspose, _readers.conv_transpose),
-    # OptimizedLSTMCell passes its inputs to these modules and multiplies them itself.
-    (recurrent.DenseParams, _readers.dense),
-  )
-}
-
-# Wrappers of one layer, which replace its kernel by a function of its parameter.
-_WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
-
-_active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen", default=None)
+__all__ = ["Tapped", "layers", "remove_taps", "sow_statistics"]
 
 
 @contextlib.contextmanager
@@ -219,38 +195,3 @@ def layers(
     '"intermediates": 0 to their variable_axes',
     strict,
   )
-
-
-@contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[None]:
-  """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
-
-  def interceptor(
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-  ) -> Any:
-    function: Any = getattr(context.orig_method, "func", None)
-    if _active.get() is not reporter or function not in (*_READERS, *_WRAPPERS):
-      return next_fun(*args, **kwargs)
-    module: Any = context.module
-    if function in _WRAPPERS:
-      # Values sown while the wrapper maps the layer's variables are lost. The wrapper reports the
-      # inputs in place of the layer.
-      with activate(_active, None, reporter.key):
-        outputs = next_fun(*args, **kwargs)
-      module = module.layer_instance
-      function = inspect.unwrap(type(module).__call__)
-      kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
-    else:
-      outputs = next_fun(*args, **kwargs)
-    if reader := _READERS.get(function):
-      method = functools.partial(function, module)
-      exact_windows = reporter.exact_windows
-      for call in _readers.read(reader, module, exact_windows, outputs, method, args, kwargs):
-        reporter.sow(module, "intermediates", call)
-    return outputs
-
-  with activate(_active, reporter, reporter.key), nn.intercept_methods(interceptor):
-    yield

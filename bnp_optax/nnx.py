@@ -1,62 +1,27 @@
 """BNP for `flax.nnx`: the statistics of each layer's inputs, and the table of a model.
 
-NNX has no interceptors. While a `sow_statistics` context is open in any thread, the ``__call__`` of
-each linear layer's class is replaced by a function that also reports the call to the context of its
-own thread. The originals are restored when the last context closes. The statistics are returned by
-`flax.nnx.capture`.
+Within `sow_statistics`, each layer sows the statistics of its inputs; `flax.nnx.capture` returns
+them. The model, its outputs and its gradients do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
-import contextvars
-import threading
 from typing import Any
 
 from flax import nnx
 import jax
 
-from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers, Observation, make_layers, merge_observations, observe_call
-from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import Reporter, activate, statistics_reporter
+from bnp_optax._nnx import Statistics, describe, report_calls
+from bnp_optax._nnx_taps import Tap, Tapped, remove_taps
+from bnp_optax._reporting import Reporter, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
 
-__all__ = ["Statistics", "layers", "sow_statistics"]
-
-
-class Statistics(nnx.Variable[Any]):
-  """Variable type of the statistics. Capture it with ``nnx.capture(model, Statistics)``."""
-
-
-def _lora(layer: nnx.LoRA, outputs: Any, exact_windows: bool, x: jax.Array) -> list[Call]:
-  """Read LoRA as two consecutive linear maps."""
-  del outputs, exact_windows
-  h, a = layer.promote_dtype((x, layer.lora_a[...]), dtype=layer.dtype)
-  return [
-    Call(KernelLayout(), x, kernel="lora_a"),
-    Call(KernelLayout(), h @ a, kernel="lora_b"),
-  ]
-
-
-_READERS: dict[type[nnx.Module], Callable[..., list[Call]]] = {
-  nnx.Linear: _readers.dense,
-  nnx.LinearGeneral: _readers.dense_general,
-  nnx.Einsum: _readers.einsum,
-  nnx.Conv: _readers.conv,
-  nnx.ConvTranspose: _readers.conv_transpose,
-  nnx.LoRA: _lora,
-}
-
-# A function that reports a call of a module to the reporter of this thread, and the reporter.
-_active: contextvars.ContextVar[Any] = contextvars.ContextVar("nnx", default=None)
-
-_lock = threading.Lock()
-_originals: dict[type, Callable[..., Any]] = {}
-_open = 0
+__all__ = ["Statistics", "Tap", "Tapped", "layers", "remove_taps", "sow_statistics"]
 
 
 @contextlib.contextmanager
@@ -132,7 +97,7 @@ def sow_statistics(
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
   with report_calls(
-    statistics_reporter(_describe, examples, example_axes, mask, axis_name, exact_windows)
+    statistics_reporter(describe, examples, example_axes, mask, axis_name, exact_windows)
   ):
     yield
 
@@ -203,73 +168,5 @@ def layers(
       return nnx.capture(getattr(model, method), Statistics)(*args, **kwargs)[1]
 
   observations = nnx.eval_shape(trace, model, arrays)
-  return make_layers(nnx.state(model, nnx.Param), observations, {}, "", strict)
-
-
-@contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[None]:
-  """Pass every call of a linear layer to ``reporter`` within this context. Not public."""
-  owners: dict[int, tuple[Any, nnx.Module]] = {}
-
-  def report(module: nnx.Module, call: Call) -> None:
-    kernel = getattr(module, call.kernel)
-    # A reference to the kernel keeps its id from being reused.
-    _, owner = owners.setdefault(id(kernel), (kernel, module))
-    if owner is not module:
-      raise ValueError(
-        f"Layer {_describe(module, call)} shares its {call.kernel} with another module. Their "
-        "statistics would be attributed to one of them: share the module instead of the Param."
-      )
-    if not any(type(captured) is Statistics for captured in getattr(module, "__captures__", ())):
-      raise ValueError(
-        f"Layer {_describe(module, call)} is called within sow_statistics, but its statistics are "
-        "not captured: call the model through nnx.capture(model, bnp_optax.nnx.Statistics), and "
-        "call models that are not trained outside of the context."
-      )
-    reporter.sow(module, Statistics, call)
-
-  with activate(_active, (report, reporter), reporter.key), _patched():
-    yield
-
-
-@contextlib.contextmanager
-def _patched() -> Iterator[None]:
-  """Make the layers' classes report their calls while any thread is within this context."""
-  global _open
-  with _lock:
-    if _open == 0:
-      for layer, reader in _READERS.items():
-        _originals[layer] = layer.__dict__["__call__"]
-        layer.__call__ = _reporting_call(_originals[layer], reader)  # pyright: ignore[reportAttributeAccessIssue]
-    _open += 1
-  try:
-    yield
-  finally:
-    with _lock:
-      _open -= 1
-      if _open == 0:
-        for layer in _READERS:
-          layer.__call__ = _originals.pop(layer)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _reporting_call(
-  original: Callable[..., Any], reader: Callable[..., list[Call]]
-) -> Callable[..., Any]:
-  """Return a ``__call__`` that calls the original one and reports the call."""
-
-  def call_and_report(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-    outputs = original(self, *args, **kwargs)
-    if (active := _active.get()) is not None:
-      report, reporter = active
-      method, exact_windows = original.__get__(self), reporter.exact_windows
-      for call in _readers.read(reader, self, exact_windows, outputs, method, args, kwargs):
-        report(self, call)
-    return outputs
-
-  return call_and_report
-
-
-def _describe(module: nnx.Module, call: Call) -> str:
-  """Return what errors call a layer. An NNX module has no path."""
-  kernel: Any = getattr(module, call.kernel)
-  return f"{type(module).__name__} with {call.kernel} of shape {kernel.shape}"
+  params = nnx.state(model, nnx.All(nnx.Param, nnx.Not(Tap)))
+  return make_layers(params, observations, {}, "", strict)
