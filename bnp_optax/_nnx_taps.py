@@ -105,7 +105,8 @@ def _find_tap(module: Any, call: Call, make: Callable[[], Any]) -> Any:
   """Return the values of the tap of a module; None if it has none."""
   del make
   tap = getattr(module, name_tap(call), None)
-  return None if tap is None else {field: x[...] for field, x in tap.items()}
+  # nnx.capture adds an attribute of its own to every module.
+  return tap and {field: x[...] for field, x in tap.items() if isinstance(x, Tap)}
 
 
 def _add_taps(

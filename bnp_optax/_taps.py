@@ -25,7 +25,7 @@ from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._reporting import call_statistics
 from bnp_optax._statistics import LayerStatistics, NoStatistics
-from bnp_optax._trees import is_masked, name_path
+from bnp_optax._trees import by_kernel, is_masked, name_path
 
 _SUMS = ("rows", "total", "within", "between")
 _FIELDS = {"examples", "share", *_SUMS}
@@ -104,7 +104,7 @@ def read_taps(updates: Any, *, has_layers: bool) -> Any:
     return LayerStatistics(**counts, **sums, kernel=kernel)
 
   stats = jax.tree_util.tree_map_with_path(read, updates, is_leaf=is_tap)
-  return stats if jax.tree.leaves(stats, is_leaf=lambda x: x is not None) else None
+  return stats if by_kernel(stats, LayerStatistics, NoStatistics) else None
 
 
 def check_examples(examples: int, example_axes: int) -> None:
@@ -138,29 +138,41 @@ def count_examples(params: Any, arguments: Iterable[Any], examples: int, example
       "a batch, or pass example_axes=0 if jax.vmap maps single examples."
     )
   count = math.prod(jnp.shape(arrays[0])[:example_axes])
-  # A value that is mapped wherever the examples are.
-  mapped = jnp.any(jnp.asarray(arrays[0]).astype(bool))
-  return map_taps(lambda tap: _count(count, count / examples, tap, mapped), params)
+
+  def count_call(tap: Any) -> Any:
+    counts = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
+    return _count(count, count / examples, {**tap, **counts})
+
+  return map_taps(count_call, params)
+
+
+def _follow(tree: Any, reference: jax.Array) -> Any:
+  """Return a tree, mapped over every axis that ``reference`` is mapped over.
+
+  Without it, vmap calls the backward pass once for all examples if the tree does not depend on
+  them, and shard_map requires equal cotangents on all devices.
+  """
+  either = jnp.any(jnp.asarray(reference).astype(bool))
+  return jax.tree.map(lambda x: jnp.where(either, x, x), tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _count(count: int, share: float, tap: Any, mapped: jax.Array) -> Any:
+def _count(count: int, share: float, tap: Any) -> Any:
   """Return a tap whose cotangent gains the count of examples and their share."""
   del count, share
-  # Both choices are equal. The select makes JAX call the backward pass for each mapped example.
-  scalars = {name: jnp.where(mapped, tap[name], tap[name]) for name in ("examples", "share")}
-  return {**tap, **scalars}
+  return tap
 
 
-def _count_forward(count: int, share: float, tap: Any, mapped: jax.Array) -> tuple[Any, None]:
-  return _count(count, share, tap, mapped), None
+def _count_forward(count: int, share: float, tap: Any) -> tuple[Any, None]:
+  del count, share
+  return tap, None
 
 
-def _count_backward(count: int, share: float, residuals: None, cotangent: Any) -> tuple[Any, None]:
+def _count_backward(count: int, share: float, residuals: None, cotangent: Any) -> tuple[Any]:
   del residuals
-  # The cotangent is zero here, and mapped, which a constant is not.
+  # A sum with the cotangent, which is zero here, is mapped as the cotangent is.
   counted = {"examples": cotangent["examples"] + count, "share": cotangent["share"] + share}
-  return jax.tree.map(lambda x: x * _SCALE, {**cotangent, **counted}), None
+  return (jax.tree.map(lambda x: x * _SCALE, {**cotangent, **counted}),)
 
 
 _count.defvjp(_count_forward, _count_backward)
@@ -212,9 +224,7 @@ class TapReporter:
     statistics = call_statistics(call, name, 1, 1, None, None)
     if isinstance(statistics, NoStatistics):
       return outputs
-    # A mapped layer reports its rows once for each example, as its sums; see _count.
-    rows = statistics.rows
-    rows = jnp.where(statistics.total[..., 0] > 0, rows, rows)
+    rows = _follow(statistics.rows, statistics.total)
     sums = {"examples": jnp.zeros_like(rows), "share": jnp.zeros_like(rows), "rows": rows}
     sums |= {name: getattr(statistics, name) for name in _SUMS[1:]}
     tap = self.find_tap(module, call, lambda: jax.tree.map(jnp.zeros_like, sums))
@@ -226,4 +236,4 @@ class TapReporter:
         "layers instead of a cast of their parameters."
       )
     sums = jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(dtype)), sums)
-    return _identity(outputs, dict(tap), sums)
+    return _identity(outputs, _follow(dict(tap), statistics.total), sums)
