@@ -152,7 +152,8 @@ def _follow(tree: Any, reference: jax.Array) -> Any:
   Without it, vmap calls the backward pass once for all examples if the tree does not depend on
   them, and shard_map requires equal cotangents on all devices.
   """
-  either = jnp.any(jnp.asarray(reference).astype(bool))
+  corner = jnp.asarray(reference)[(slice(1),) * jnp.ndim(reference)]
+  either = jnp.any(corner.astype(bool))
   return jax.tree.map(lambda x: jnp.where(either, x, x), tree)
 
 
