@@ -30,7 +30,7 @@ from bnp_optax._trees import Path
 
 COLLECTION = "intermediates"
 
-_Active = contextvars.ContextVar[Reporter | None]
+_Active = contextvars.ContextVar[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> 
 
   def split(xs: Mapping[Any, Any]) -> Any:
     reporter = active.get()
-    if reporter is None:
+    # The gradient carries the statistics of a TapReporter out of a transform.
+    if not isinstance(reporter, Reporter):
       return original(xs)
     axes, own = (
       [getattr(axis, "axis", axis) for name, axis in xs.items() if in_filter(name, collection)]

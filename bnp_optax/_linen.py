@@ -21,6 +21,7 @@ from bnp_optax._equations import Equation, check_registration, equation_reader, 
 from bnp_optax._lifting import COLLECTION, refer_to_parameter, wrappers
 from bnp_optax._patching import Patches, Wrappers
 from bnp_optax._reporting import Reporter, activate
+from bnp_optax._taps import TapReporter
 from bnp_optax._trees import show_path
 
 # Reads the calls of one layer: read(layer, exact_windows, outputs, method, args, kwargs).
@@ -45,7 +46,9 @@ _READERS: dict[Callable[..., Any], dict[str, _Read]] = {
 # Wrappers of one layer, which replace its kernel by a function of its parameter.
 _WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
 
-_active: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("linen", default=None)
+_active: contextvars.ContextVar[Reporter | TapReporter | None] = contextvars.ContextVar(
+  "linen", default=None
+)
 _patches = Patches()
 
 
@@ -144,7 +147,7 @@ def report(
       equation. The message names the layer.
   """
   if (reporter := _active.get()) is not None:
-    _sow(reporter, module, _own_call(module, kernel, inputs, equation, bias))
+    _report(reporter, module, _own_call(module, kernel, inputs, equation, bias), None)
 
 
 def _own_call(
@@ -158,22 +161,22 @@ def _parameters(layer: nn.Module) -> dict[str, Any]:
   return dict(nn.meta.unbox(layer.variables.get("params", {})))
 
 
-def _sow(reporter: Reporter, layer: nn.Module, call: Call) -> None:
-  """Sow the record of a call beside its kernel."""
+def _report(reporter: Reporter | TapReporter, layer: nn.Module, call: Call, outputs: Any) -> Any:
+  """Report a call and return its outputs."""
   parameters = _parameters(layer)
   call = dataclasses.replace(call, shape=jnp.shape(parameters[call.kernel]))
   call = refer_to_parameter(call, (*layer.path, call.kernel), call.layout.bias in parameters)
-  reporter.sow(layer, COLLECTION, call)
+  return reporter.report(layer, COLLECTION, call, outputs)
 
 
 @contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[Reporter]:
+def report_calls(reporter: Reporter | TapReporter) -> Iterator[Reporter | TapReporter]:
   """Pass every call of a linear layer to ``reporter`` within this context.
 
   Yields:
     The reporter of this context: that of an outer one if it covers nested contexts.
   """
-  if (outer := _active.get()) is not None:
+  if isinstance(outer := _active.get(), Reporter):
     reporter = outer.nested(reporter)
   # An interceptor would see the inputs before those that are inside of it change them.
   hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **wrappers(_active)}
@@ -207,7 +210,7 @@ def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:
       for reader in _READERS.get(read, {}).values():
         method = functools.partial(read, layer)
         for call in reader(layer, reporter.exact_windows, outputs, method, args, kwargs):
-          _sow(reporter, layer, call)
+          outputs = _report(reporter, layer, call, outputs)
       return outputs
 
     return original(self, call_and_report, args, kwargs)

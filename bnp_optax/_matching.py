@@ -133,7 +133,8 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
     raise ValueError(
       "BNP needs the statistics of the forward pass: call tx.update(grads, state, params, "
       "stats=stats) with the statistics that bnp_optax.linen.sow_statistics gathered. A wrapper "
-      "that drops extra arguments drops them too."
+      "that drops extra arguments drops them too. If a trainer calls tx.update, give it "
+      "bnp_optax.linen.Tapped(model, examples=...) as the model."
     )
   found: dict[Path, LayerStatistics] = by_kernel(stats, LayerStatistics, NoStatistics)
   if not found and layers:

@@ -22,6 +22,7 @@ from bnp_optax._equations import Equation, check_registration, equation_reader, 
 from bnp_optax._layout import KernelLayout
 from bnp_optax._patching import Patches, Wrappers
 from bnp_optax._reporting import Reporter, activate
+from bnp_optax._taps import TapReporter
 
 
 class Statistics(nnx.Variable[Any]):
@@ -118,7 +119,7 @@ def report(
   """
   if (active := _active.get()) is not None:
     report_call, _ = active
-    report_call(module, _own_call(module, kernel, inputs, equation, bias))
+    report_call(module, _own_call(module, kernel, inputs, equation, bias), None)
 
 
 def _own_call(
@@ -128,14 +129,20 @@ def _own_call(
   return own_call(type(layer).__name__, shapes, kernel, inputs, equation, bias)
 
 
+def is_reporting() -> bool:
+  """Return True within a context of `report_calls` in this thread."""
+  return _active.get() is not None
+
+
 @contextlib.contextmanager
-def report_calls(reporter: Reporter) -> Iterator[None]:
+def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
   """Pass every call of a linear layer to ``reporter`` within this context."""
   owners: dict[int, tuple[Any, nnx.Module]] = {}
-  if (outer := _active.get()) is not None:
+  outer = _active.get()
+  if outer is not None and isinstance(outer[1], Reporter):
     reporter = outer[1].nested(reporter)
 
-  def report(module: nnx.Module, call: Call) -> None:
+  def report(module: nnx.Module, call: Call, outputs: Any) -> Any:
     kernel = getattr(module, call.kernel)
     # A reference to the kernel keeps its id from being reused.
     _, owner = owners.setdefault(id(kernel), (kernel, module))
@@ -144,13 +151,15 @@ def report_calls(reporter: Reporter) -> Iterator[None]:
         f"Layer {describe(module, call)} shares its {call.kernel} with another module. Their "
         "statistics would be attributed to one of them: share the module instead of the Param."
       )
-    if not any(type(captured) is Statistics for captured in getattr(module, "__captures__", ())):
+    captures = getattr(module, "__captures__", ())
+    if isinstance(reporter, Reporter) and not any(type(x) is Statistics for x in captures):
       raise ValueError(
         f"Layer {describe(module, call)} is called within sow_statistics, but its statistics are "
         "not captured: call the model through nnx.capture(model, bnp_optax.nnx.Statistics), and "
         "call models that are not trained outside of the context."
       )
-    reporter.sow(module, Statistics, dataclasses.replace(call, shape=kernel.shape))
+    call = dataclasses.replace(call, shape=kernel.shape)
+    return reporter.report(module, Statistics, call, outputs)
 
   methods: Wrappers = {
     target: functools.partial(_reporting_method, readers=readers)
@@ -173,7 +182,7 @@ def _reporting_method(
       method, exact_windows = original.__get__(self), reporter.exact_windows
       for read in readers.values():
         for call in read(self, exact_windows, outputs, method, args, kwargs):
-          report(self, call)
+          outputs = report(self, call, outputs)
     return outputs
 
   return call_and_report

@@ -61,25 +61,29 @@ class Reporter:
   fixed_examples: bool = True
   covers_nested: bool = False
 
-  def nested(self, inner: Reporter) -> Reporter:
+  def nested(self, inner: Any) -> Reporter:
     """Return the reporter of a context of ``inner`` that is entered within one of this reporter."""
     if not self.covers_nested:
       return inner
     exact_windows, key = self.exact_windows or inner.exact_windows, (self.key, inner.key)
     return dataclasses.replace(self, exact_windows=exact_windows, key=key)
 
-  def sow(self, module: Any, collection: Any, call: Call) -> None:
-    """Sow the record of a call beside its kernel, merged with those of earlier calls."""
+  def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:
+    """Sow the record of a call beside its kernel, merged with those of earlier calls.
+
+    Returns:
+      The outputs of the layer, unchanged.
+    """
     value = self.record(module, call)
-    if value is None:
-      return
-    module.sow(
-      collection,
-      call.statistics_name,
-      value,
-      init_fn=lambda: None,
-      reduce_fn=lambda old, new: new if old is None else self.merge(old, new),
-    )
+    if value is not None:
+      module.sow(
+        collection,
+        call.statistics_name,
+        value,
+        init_fn=lambda: None,
+        reduce_fn=lambda old, new: new if old is None else self.merge(old, new),
+      )
+    return outputs
 
 
 @contextlib.contextmanager
@@ -166,7 +170,7 @@ def statistics_reporter(
       return None
     path = locate(module, call)
     name, mask = show_path(path), masks.of_layer(path)
-    statistics = _call_statistics(call, name, examples, example_axes, mask, axis_name)
+    statistics = call_statistics(call, name, examples, example_axes, mask, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
       if len(counted) > 1:
@@ -189,7 +193,7 @@ def _array_key(x: int | jax.Array | None) -> Hashable:
   return object() if isinstance(x, Tracer) else (np.shape(x), np.asarray(x).tobytes())
 
 
-def _call_statistics(
+def call_statistics(
   call: Call,
   name: str,
   examples: int | jax.Array | None,

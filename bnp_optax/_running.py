@@ -30,6 +30,7 @@ from bnp_optax._matching import (
 from bnp_optax._preconditioner import Preconditioner
 from bnp_optax._sharding import on_auto_axes, replicated
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
+from bnp_optax._taps import read_taps
 from bnp_optax._trees import flatten_masked, is_masked, unboxed
 
 # A function of P, a kernel and a bias in canonical form.
@@ -171,6 +172,8 @@ class RunningStatistics:
     weight_shapes = {x: (*shape[:-1], 1) for x, shape in shapes.items() if self.debias}
     weight = match_state("input_weight", state.input_weight, updates, weight_shapes)
     fields = (mean, variance, weight) if self.debias else (mean, variance)
+    if stats is None:
+      stats = read_taps(updates, has_layers=self.layers is not None)
     batches = match_statistics(layers, leaves, stats)
 
     preconditioners = []

@@ -11,6 +11,7 @@ from bnp_optax import _preconditioner
 from bnp_optax._inner import refuse_copies_of_parameters, refuse_split_layers
 from bnp_optax._matching import Layouts, check_state, find_layers
 from bnp_optax._running import RunningStatistics, ScaleByBnpState
+from bnp_optax._taps import zero_taps
 from bnp_optax._trees import unboxed
 
 
@@ -115,7 +116,7 @@ def scale_by_bnp(
   ) -> tuple[optax.Updates, ScaleByBnpState]:
     del params, extra_args
     state, preconditioners = running.update(updates, state, stats)
-    return preconditioners.map(_preconditioner.precondition, updates), state
+    return zero_taps(preconditioners.map(_preconditioner.precondition, updates)), state
 
   return optax.GradientTransformationExtraArgs(running.init, update_fn)  # pyright: ignore[reportArgumentType]
 
@@ -229,7 +230,7 @@ def bnp(
         "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
       )
     statistics, preconditioners = running.update(updates, state.statistics, stats)
-    updates = preconditioners.map(_preconditioner.apply_transpose, updates)
+    updates = zero_taps(preconditioners.map(_preconditioner.apply_transpose, updates))
     z = None if params is None else preconditioners.map(_preconditioner.apply_inverse, params)
     updates, inner_state = inner.update(updates, state.inner_state, z, **extra_args)
     updates = preconditioners.map(_preconditioner.apply, updates)

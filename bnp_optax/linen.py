@@ -18,12 +18,14 @@ from bnp_optax._calls import Call
 from bnp_optax._layers import Layers
 from bnp_optax._lifting import leave_observation
 from bnp_optax._linen import register, report, report_calls
+from bnp_optax._linen_taps import Tapped
 from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
 from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
+from bnp_optax._taps import remove_taps
 from bnp_optax._trees import Path, split_arrays
 
-__all__ = ["layers", "register", "report", "sow_statistics"]
+__all__ = ["Tapped", "layers", "register", "remove_taps", "report", "sow_statistics"]
 
 _NORMS = (
   *(nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm),

@@ -16,12 +16,22 @@ import jax
 from bnp_optax._calls import Call
 from bnp_optax._layers import Layers
 from bnp_optax._nnx import Statistics, describe, register, report, report_calls
+from bnp_optax._nnx_taps import Tap, Tapped, remove_taps
 from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
 from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
 
-__all__ = ["Statistics", "layers", "register", "report", "sow_statistics"]
+__all__ = [
+  "Statistics",
+  "Tap",
+  "Tapped",
+  "layers",
+  "register",
+  "remove_taps",
+  "report",
+  "sow_statistics",
+]
 
 _NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
 
@@ -192,4 +202,5 @@ def layers(
     for name, x in vars(module).items()
     if isinstance(x, nnx.Param)
   }
-  return make_layers(nnx.state(model, nnx.Param), observations, {}, owners, "", strict, ignore)
+  params = nnx.state(model, nnx.All(nnx.Param, nnx.Not(Tap)))
+  return make_layers(params, observations, {}, owners, "", strict, ignore)

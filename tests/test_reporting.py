@@ -42,7 +42,7 @@ def report(*calls, collection="intermediates", **kwargs):
   """Return what a reporter of statistics sows for calls of one module."""
   module, active = Module(), reporter(**kwargs)
   for each in calls:
-    active.sow(module, collection, each)
+    active.report(module, collection, each, None)
   return module.sown
 
 
@@ -58,7 +58,7 @@ def test_a_reporter_merges_the_values_of_one_kernel_and_sows_no_none():
   active = Reporter(lambda module, call: call.rows, lambda old, new: old + new, False)
   module = Module()
   for rows, kernel in ((2, "kernel"), (None, "kernel"), (3, "kernel"), (5, "lora_a")):
-    active.sow(module, "collection", call(1, 2, rows=rows, kernel=kernel))
+    active.report(module, "collection", call(1, 2, rows=rows, kernel=kernel), None)
   assert module.sown == {
     ("collection", "layer_statistics"): 5,
     ("collection", "layer_statistics_lora_a"): 5,

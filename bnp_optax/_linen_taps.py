@@ -1,0 +1,114 @@
+"""`bnp_optax.linen.Tapped`: a Linen model whose gradient carries the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+
+from bnp_optax._calls import Call
+from bnp_optax._linen import report_calls
+from bnp_optax._taps import TapReporter, check_examples, count_examples, name_tap
+from bnp_optax._trees import show_path
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Tapped:
+  """A model whose gradient carries the statistics of its layers' inputs.
+
+  It is for training loops that compute the gradient and call the optimizer themselves, so that
+  there is no place to pass ``stats=``. Give the loop ``Tapped(model, examples=...)`` in place of
+  the model, or its ``init`` and ``apply``, and `bnp_optax.bnp` or `bnp_optax.scale_by_bnp` as the
+  optimizer.
+
+  ``init`` adds a tap beside each kernel, a dictionary of zeros. ``apply`` computes the same outputs
+  and the same gradients as the model. The gradient of a tap is defined to be the statistics, times
+  a number so small that they do not count in a global norm. An optimizer of BNP reads them, if it
+  is given no ``stats``, and leaves the taps at zero.
+
+  The statistics are right where gradients are added or averaged, over micro-batches, devices or
+  time steps, and where they are scaled or clipped by their global norm. A layer whose outputs do
+  not reach the loss has no rows.
+
+  Examples:
+    >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp, optax
+    >>> from flax.training.train_state import TrainState
+    >>> x = jax.random.uniform(jax.random.key(0), (8, 5))
+    >>> model = bnp_optax.linen.Tapped(nn.Dense(1), examples=8)
+    >>> state = TrainState.create(
+    ...   apply_fn=model.apply,
+    ...   params=model.init(jax.random.key(1), x)["params"],
+    ...   tx=bnp_optax.bnp(optax.sgd(0.3)),
+    ... )
+    >>> @jax.jit
+    ... def step(state):  # It does not know of BNP.
+    ...   loss_fn = lambda params: jnp.mean((state.apply_fn({"params": params}, x) - 2.0) ** 2)
+    ...   loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    ...   return state.apply_gradients(grads=grads), loss
+    >>> for _ in range(100):
+    ...   state, loss = step(state)
+    >>> bool(loss < 1e-2)
+    True
+
+    Add taps to parameters that were trained without:
+
+    >>> params = nn.Dense(1).init(jax.random.key(1), x)["params"]
+    >>> _, variables = model.apply({"params": params}, x, mutable=["params"])
+    >>> sorted(variables["params"])
+    ['bias', 'kernel', 'tap']
+
+  Attributes:
+    model: The model.
+    examples: Number of examples that the loss of one update is a mean over, those of all devices
+      and micro-batches together.
+    example_axes: Number of leading axes of the first array that ``apply`` is given that count
+      examples: 1 for a mean over sequences or images, 2 for a mean over the tokens of ``[batch,
+      time]``, 0 if `jax.vmap` maps single examples.
+    exact_windows: As in `bnp_optax.linen.sow_statistics`.
+
+  Raises:
+    ValueError: If `examples` or `example_axes` is out of range. From ``apply``, while tracing, if
+      no argument has the example axes, or if the taps are not float32 or float64.
+  """
+
+  model: nn.Module = dataclasses.field(kw_only=False)
+  examples: int
+  example_axes: int = 1
+  exact_windows: bool = False
+
+  def __post_init__(self) -> None:
+    """Raise ValueError for numbers out of range."""
+    check_examples(self.examples, self.example_axes)
+
+  def __getattr__(self, name: str) -> Any:
+    """Return any other attribute of the model."""
+    return getattr(object.__getattribute__(self, "model"), name)
+
+  def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the variables that ``model.init`` returns, and a tap beside each kernel."""
+    with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
+      return self.model.init(rngs, *args, **kwargs)
+
+  def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what ``model.apply`` returns. Layers without a tap in `variables` report nothing."""
+    arguments = (*args, *kwargs.values())
+    params = count_examples(
+      variables.get("params", {}), arguments, self.examples, self.example_axes
+    )
+    with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
+      return self.model.apply({**variables, "params": params}, *args, **kwargs)
+
+
+def _find_tap(module: Any, call: Call, make: Callable[[], Any]) -> Any:
+  """Return the tap of a module, which is added to parameters that are mutable."""
+  scope, name = module.scope, name_tap(call)
+  if not scope.has_variable("params", name) and scope.is_mutable_collection("params"):
+    scope.put_variable("params", name, make())
+  return scope.get_variable("params", name)
+
+
+def _describe(module: nn.Module, call: Call) -> str:
+  del call
+  return show_path(module.path)

@@ -1,0 +1,245 @@
+r"""Taps: statistics that reach the optimizer with the gradient.
+
+A tap is a tree of zeros beside a kernel, in the parameters. No layer uses its value. Its gradient
+is defined to be the statistics of the layer's inputs: `tap_outputs` is the identity on the outputs
+of a layer, and its backward pass returns the statistics as the cotangent of the tap.
+
+Whatever adds gradients adds statistics: scan, vmap, several calls, micro-batches. Whatever averages
+or scales gradients multiplies all statistics by one factor :math:`c`. The tap of a layer therefore
+carries the share of the loss's examples that a call of the model has. Over all calls the shares
+add up to :math:`c`, by which the statistics are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnp_optax._calls import Call
+from bnp_optax._layout import KernelLayout
+from bnp_optax._reporting import call_statistics
+from bnp_optax._statistics import LayerStatistics, NoStatistics
+from bnp_optax._trees import by_kernel, is_masked, name_path
+
+_SUMS = ("rows", "total", "within", "between")
+_FIELDS = {"examples", "share", *_SUMS}
+# The statistics must not count in a global norm of the gradients, nor underflow in float32 after
+# division by a loss scale. A power of two is exact.
+_SCALE = 2.0**-60
+# Ends the name of the tap of a kernel whose axes are not those of Dense or Conv.
+_OTHER_AXES = "_needs_layers"
+
+
+def is_tap(x: Any) -> bool:
+  """Return True for a tap."""
+  return isinstance(x, Mapping) and set(x) == _FIELDS
+
+
+def map_taps(function: Callable[[Any], Any], tree: Any) -> Any:
+  """Apply a function to every tap of a tree; other leaves stay."""
+  return jax.tree.map(lambda x: function(x) if is_tap(x) else x, tree, is_leaf=is_tap)
+
+
+def name_tap(call: Call) -> str:
+  """Return the name of the tap beside the kernel of a call."""
+  # It must not contain "kernel", by which WeightNorm chooses what it normalizes.
+  name = "tap" if call.kernel == "kernel" else f"tap_{call.kernel}"
+  plain = call.layout == KernelLayout.by_convention(call.layout.ndim)
+  return name if plain else name + _OTHER_AXES
+
+
+def zero_taps(updates: Any) -> Any:
+  """Return updates that leave the taps at zero."""
+  return map_taps(lambda tap: jax.tree.map(jnp.zeros_like, tap), updates)
+
+
+def remove_taps(params: Any) -> Any:
+  """Return parameters without the taps that `Tapped` added.
+
+  Examples:
+    >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
+    >>> params = bnp_optax.linen.Tapped(nn.Dense(3), examples=4).init(
+    ...   jax.random.key(0), jnp.ones((4, 2)))["params"]
+    >>> sorted(params), sorted(bnp_optax.linen.remove_taps(params))
+    (['bias', 'kernel', 'tap'], ['bias', 'kernel'])
+
+  Args:
+    params: Parameters, nested mappings such as Flax's.
+
+  Returns:
+    Mappings of the same types.
+  """
+  if not isinstance(params, Mapping):
+    return params
+  kept = {name: remove_taps(x) for name, x in params.items() if not is_tap(x)}
+  return type(params)(kept)  # pyright: ignore[reportCallIssue]
+
+
+def read_taps(updates: Any, *, has_layers: bool) -> Any:
+  """Return the statistics in the gradients of taps, beside the kernels; None without taps.
+
+  Args:
+    updates: Gradients, without boxes.
+    has_layers: Whether the layouts of the kernels are from the table of the model.
+  """
+
+  def read(path: tuple[Any, ...], tap: Any) -> LayerStatistics | NoStatistics | None:
+    if not is_tap(tap) or any(is_masked(x) for x in tap.values()):
+      return None
+    name = name_path(path)[-1]
+    kernel = name.removesuffix(_OTHER_AXES).removeprefix("tap").removeprefix("_") or "kernel"
+    if name.endswith(_OTHER_AXES) and not has_layers:
+      reason = "its kernel has other axes than that of a Dense or Conv, pass layers= of the model"
+      return NoStatistics(kernel, reason)
+    # A layer whose outputs did not reach the loss has no rows, and no share.
+    share = jnp.where(tap["share"] > 0, tap["share"], 1)
+    counts = {name: tap[name] / share for name in ("examples", "rows")}
+    sums = {name: tap[name] / share[..., None] for name in _SUMS[1:]}
+    return LayerStatistics(**counts, **sums, kernel=kernel)
+
+  stats = jax.tree_util.tree_map_with_path(read, updates, is_leaf=is_tap)
+  return stats if by_kernel(stats, LayerStatistics, NoStatistics) else None
+
+
+def check_examples(examples: int, example_axes: int) -> None:
+  """Raise ValueError if the arguments of `Tapped` are out of range."""
+  if examples < 1 or example_axes < 0:
+    raise ValueError(
+      "Tapped: examples= must be at least 1 and example_axes= at least 0, got "
+      f"{examples} and {example_axes}."
+    )
+
+
+def count_examples(params: Any, arguments: Iterable[Any], examples: int, example_axes: int) -> Any:
+  """Return parameters whose taps count the examples of one call of the model.
+
+  Args:
+    params: The parameters.
+    arguments: The arguments of the call.
+    examples: Number of examples that the loss is a mean over.
+    example_axes: Number of leading axes of the first array among the arguments that count examples.
+
+  Raises:
+    ValueError: If there is no such array.
+  """
+  leaves = [x for x in jax.tree.leaves([*arguments]) if hasattr(x, "dtype")]
+  # Not a random key, which has a dtype of its own.
+  leaves = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+  arrays = [x for x in leaves if jnp.ndim(x) >= example_axes]
+  if not arrays:
+    raise ValueError(
+      f"Tapped: no argument has {example_axes} leading axes that count examples. Call the model on "
+      "a batch, or pass example_axes=0 if jax.vmap maps single examples."
+    )
+  count = math.prod(jnp.shape(arrays[0])[:example_axes])
+
+  def count_call(tap: Any) -> Any:
+    counts = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
+    return _count(count, count / examples, {**tap, **counts})
+
+  return map_taps(count_call, params)
+
+
+def _follow(tree: Any, reference: jax.Array) -> Any:
+  """Return a tree, mapped over every axis that ``reference`` is mapped over.
+
+  Without it, vmap calls the backward pass once for all examples if the tree does not depend on
+  them, and shard_map requires equal cotangents on all devices.
+  """
+  corner = jnp.asarray(reference)[(slice(1),) * jnp.ndim(reference)]
+  either = jnp.any(corner.astype(bool))
+  return jax.tree.map(lambda x: jnp.where(either, x, x), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _count(count: int, share: float, tap: Any) -> Any:
+  """Return a tap whose cotangent gains the count of examples and their share."""
+  del count, share
+  return tap
+
+
+def _count_forward(count: int, share: float, tap: Any) -> tuple[Any, None]:
+  del count, share
+  return tap, None
+
+
+def _count_backward(count: int, share: float, residuals: None, cotangent: Any) -> tuple[Any]:
+  del residuals
+  # A sum with the cotangent, which is zero here, is mapped as the cotangent is.
+  counted = {"examples": cotangent["examples"] + count, "share": cotangent["share"] + share}
+  return (jax.tree.map(lambda x: x * _SCALE, {**cotangent, **counted}),)
+
+
+_count.defvjp(_count_forward, _count_backward)
+
+
+@jax.custom_vjp
+def _identity(outputs: Any, tap: Any, sums: Any) -> Any:
+  """Return the outputs. The cotangent of the tap is ``sums``."""
+  del tap, sums
+  return outputs
+
+
+def _identity_forward(outputs: Any, tap: Any, sums: Any) -> tuple[Any, Any]:
+  del tap
+  return outputs, sums
+
+
+def _identity_backward(sums: Any, cotangent: Any) -> tuple[Any, Any, None]:
+  return cotangent, sums, None
+
+
+_identity.defvjp(_identity_forward, _identity_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class TapReporter:
+  """Connects the calls of linear layers to their taps. It has the interface of `Reporter`.
+
+  Attributes:
+    find_tap: Returns the tap of the kernel of a module's call, given a function that makes it; None
+      if the module has none.
+    describe: Returns the name of the layer of a call in errors.
+    exact_windows: As in `Reporter`.
+  """
+
+  find_tap: Callable[[Any, Call, Callable[[], Any]], Any]
+  describe: Callable[[Any, Call], str]
+  exact_windows: bool
+
+  @property
+  def key(self) -> Hashable:
+    """Functions traced under an equal key are reused."""
+    return (self.find_tap, self.exact_windows)
+
+  def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:
+    """Return the outputs of a call, connected to the tap of its kernel."""
+    del collection
+    name = self.describe(module, call)
+    statistics = call_statistics(call, name, 1, 1, None, None)
+    if isinstance(statistics, NoStatistics):
+      return outputs
+    if outputs is None:
+      raise ValueError(
+        f"Layer {name}: report() does not return the outputs, which a tap needs. Register the "
+        "module's class with bnp_optax.linen.register or bnp_optax.nnx.register instead."
+      )
+    rows = _follow(statistics.rows, statistics.total)
+    sums = {"examples": jnp.zeros_like(rows), "share": jnp.zeros_like(rows), "rows": rows}
+    sums |= {name: getattr(statistics, name) for name in _SUMS[1:]}
+    tap = self.find_tap(module, call, lambda: jax.tree.map(jnp.zeros_like, sums))
+    if tap is None:
+      return outputs
+    if (dtype := tap["rows"].dtype) not in ("float32", "float64"):
+      raise ValueError(
+        f"Layer {name}: its tap is {dtype}. The statistics need float32: pass dtype={dtype} to the "
+        "layers instead of a cast of their parameters."
+      )
+    sums = jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(dtype)), sums)
+    return _identity(outputs, _follow(dict(tap), statistics.total), sums)

@@ -1,0 +1,562 @@
+"""Tests of `Tapped`: the statistics that arrive with the gradient are those that are sown."""
+
+from flax import nnx, serialization
+import flax.linen as nn
+from flax.training import dynamic_scale
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bnp_optax
+from bnp_optax import _taps
+from bnp_optax._statistics import LayerStatistics, merge_call_axes
+from bnp_optax._trees import by_kernel, unboxed
+from tests import problems
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+DTYPE = {"param_dtype": jnp.float64}
+
+
+def normal(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
+
+
+def loss(outputs):
+  """Return a mean over examples, the first axis."""
+  return jnp.mean(jnp.sum(jnp.sin(outputs), range(1, outputs.ndim)))
+
+
+def from_taps(grads):
+  return by_kernel(_taps.read_taps(unboxed(grads), has_layers=True), LayerStatistics)
+
+
+def assert_close(actual, expected, rtol=1e-12):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, 1e-14), actual, expected)
+
+
+def assert_same_statistics(actual, expected, layers=None, rtol=1e-12):
+  assert set(actual) == set(expected)
+  for path, x in expected.items():
+    calls = layers[path].calls if layers else ()
+    x = merge_call_axes(x, calls)
+    for field in ("examples", "rows", "mean", "variance", "mean_square"):
+      assert_close(getattr(actual[path], field), getattr(x, field), rtol)
+
+
+def sown_linen(model, params, x, **options):
+  """Return the gradient and the statistics as `sow_statistics` gives them."""
+
+  def loss_fn(params):
+    with bnp_optax.linen.sow_statistics(**options):
+      y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+    return loss(y), aux["intermediates"]
+
+  return jax.jit(jax.grad(loss_fn, has_aux=True))(params)
+
+
+# Layers.
+
+
+class Layer(nn.Module):
+  """Calls a function of the inputs that makes layers."""
+
+  call: object
+
+  @nn.compact
+  def __call__(self, x):
+    return self.call(x)
+
+
+def tied(x):
+  dense = nn.remat(nn.Dense)(4, **DTYPE)
+  return dense(nn.tanh(dense(x)))
+
+
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    return nn.tanh(nn.Dense(4, **DTYPE)(x)), None
+
+
+AXES = {"params": 0, "intermediates": 0}
+
+
+def scanned_layers(x):
+  block = nn.scan(Block, variable_axes=AXES, split_rngs={"params": True}, length=3)
+  return block()(x, None)[0]
+
+
+def ensemble(x):
+  options = {"variable_axes": AXES, "split_rngs": {"params": True}, "axis_size": 3}
+  return nn.vmap(nn.Dense, in_axes=None, out_axes=1, **options)(2, **DTYPE)(x)
+
+
+def recurrent(cell, **options):
+  return lambda x: nn.RNN(cell(3, **DTYPE), **options)(x)
+
+
+SOWN = {"variable_axes": {"intermediates": 0}}
+LINEN = {
+  "dense": (lambda x: nn.Dense(3, **DTYPE)(x), (6, 4)),
+  "sequence": (lambda x: nn.Dense(3, use_bias=False, **DTYPE)(x), (6, 5, 4)),
+  "conv": (lambda x: nn.Conv(3, (3, 3), strides=2, **DTYPE)(x), (6, 7, 7, 4)),
+  "grouped": (lambda x: nn.Conv(4, (3,), feature_group_count=2, **DTYPE)(x), (6, 7, 4)),
+  "local": (lambda x: nn.ConvLocal(3, (3,), **DTYPE)(x), (6, 5, 4)),
+  "transposed": (
+    lambda x: nn.ConvTranspose(3, (3,), (2,), transpose_kernel=True, **DTYPE)(x),
+    (6, 5, 4),
+  ),
+  "attention": (lambda x: nn.MultiHeadDotProductAttention(2, **DTYPE)(x), (6, 5, 4)),
+  "general": (lambda x: nn.DenseGeneral((2, 3), axis=(-2, -1), **DTYPE)(x), (6, 5, 4)),
+  "batch dims": (
+    lambda x: nn.DenseGeneral(3, batch_dims=(0,), **DTYPE)(jnp.swapaxes(x, 0, 1)).swapaxes(0, 1),
+    (6, 5, 4),
+  ),
+  "einsum": (lambda x: nn.Einsum((3, 4), "btd,fd->btf", use_bias=False, **DTYPE)(x), (6, 5, 4)),
+  "weight norm": (lambda x: nn.WeightNorm(nn.Dense(3, **DTYPE), **DTYPE)(x), (6, 4)),
+  "GRU": (recurrent(nn.GRUCell, **SOWN), (6, 5, 4)),
+  "LSTM": (recurrent(nn.OptimizedLSTMCell, **SOWN), (6, 5, 4)),
+  "tied, remat": (tied, (6, 4)),
+  "scan": (scanned_layers, (6, 4)),
+  "vmap": (ensemble, (6, 4)),
+}
+
+
+@pytest.mark.parametrize("exact_windows", [False, True])
+@pytest.mark.parametrize("name", LINEN)
+def test_linen(name, exact_windows):
+  call, shape = LINEN[name]
+  if exact_windows and "conv" not in name:
+    return
+  model, x, options = Layer(call), normal(*shape), {"exact_windows": exact_windows}
+  tapped = bnp_optax.linen.Tapped(model, examples=len(x), **options)
+  layers = bnp_optax.linen.layers(model, x, **options)
+  params = tapped.init(jax.random.key(0), x)["params"]
+  plain = model.init(jax.random.key(0), x)["params"]
+  assert_close(bnp_optax.linen.remove_taps(params), plain, rtol=0)
+
+  grads = jax.jit(jax.grad(lambda p: loss(tapped.apply({"params": p}, x))))(params)
+  sown_grads, stats = sown_linen(model, plain, x, **options)
+  assert_close(bnp_optax.linen.remove_taps(grads), sown_grads)
+  assert_same_statistics(from_taps(grads), by_kernel(stats, LayerStatistics), layers)
+
+  tx = bnp_optax.scale_by_bnp(layers=layers)
+  updates, _ = tx.update(grads, tx.init(params))
+  expected, _ = tx.update(sown_grads, tx.init(plain), stats=stats)
+  assert_close(bnp_optax.linen.remove_taps(updates), expected)
+
+
+class Deep(nnx.Module):
+  def __init__(self, rngs):
+    self.blocks = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs, **DTYPE))(rngs.split(3))
+
+  def __call__(self, x):
+    call = nnx.scan(lambda x, block: jnp.tanh(block(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return call(x, self.blocks)
+
+
+class Tied(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(4, 4, rngs=rngs, **DTYPE)
+
+  def __call__(self, x):
+    call = nnx.remat(lambda dense, x: dense(x))
+    return call(self.dense, jnp.tanh(call(self.dense, x)))
+
+
+def gru(axes):
+  return lambda r: nnx.RNN(nnx.GRUCell(4, 3, rngs=r, **DTYPE), state_axes=axes)
+
+
+STATISTICS = nnx.StateAxes({bnp_optax.nnx.Statistics: 0, ...: None})
+NNX = {
+  "linear": (lambda r: nnx.Linear(4, 3, rngs=r, **DTYPE), (6, 4)),
+  "LoRA": (
+    lambda r: nnx.LoRA(4, 2, 3, base_module=nnx.Linear(4, 3, rngs=r, **DTYPE), rngs=r, **DTYPE),
+    (6, 4),
+  ),
+  "attention": (lambda r: nnx.MultiHeadAttention(2, 4, decode=False, rngs=r, **DTYPE), (6, 5, 4)),
+  "conv": (lambda r: nnx.Conv(4, 6, (3,), feature_group_count=2, rngs=r, **DTYPE), (6, 5, 4)),
+  "transposed": (lambda r: nnx.ConvTranspose(4, 6, (3,), rngs=r, **DTYPE), (6, 5, 4)),
+  "einsum": (lambda r: nnx.Einsum("btd,df->btf", (4, 3), rngs=r, **DTYPE), (6, 5, 4)),
+  "GRU": (gru(STATISTICS), (6, 5, 4)),
+  "scan": (Deep, (6, 4)),
+  "tied, remat": (Tied, (6, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+@pytest.mark.usefixtures("standard_promotion")
+def test_nnx(name):
+  make, shape = NNX[name]
+  x, plain = normal(*shape), make(nnx.Rngs(0))
+
+  def loss_fn(model):
+    with bnp_optax.nnx.sow_statistics():
+      y, stats = nnx.capture(model, bnp_optax.nnx.Statistics)(x)
+    return loss(y), stats
+
+  tapped = bnp_optax.nnx.Tapped(make(nnx.Rngs(0)), x, examples=len(x))
+  grads = nnx.jit(nnx.grad(lambda model: loss(model(x))))(tapped)
+  sown_grads, stats = nnx.jit(nnx.grad(loss_fn, has_aux=True))(plain)
+  actual = {path[1:]: s for path, s in from_taps(grads).items()}
+  layers = bnp_optax.nnx.layers(plain, x)
+  assert_same_statistics(actual, by_kernel(stats, LayerStatistics), layers)
+
+  tapped_layers = bnp_optax.nnx.layers(tapped, x)
+  assert [path[1:] for path in tapped_layers] == [*layers]
+  assert len(tapped_layers.entries) == len(layers.entries)
+  adam = optax.adam(1e-2)
+  optimizer = nnx.Optimizer(tapped, bnp_optax.bnp(adam, layers=tapped_layers), wrt=nnx.Param)
+  optimizer.update(tapped, grads)
+  assert not any(map(jnp.any, jax.tree.leaves(nnx.state(tapped, bnp_optax.nnx.Tap))))
+  sown_optimizer = nnx.Optimizer(plain, bnp_optax.bnp(adam, layers=layers), wrt=nnx.Param)
+  sown_optimizer.update(plain, sown_grads, stats=stats)
+  bnp_optax.nnx.remove_taps(tapped)
+  assert_close(nnx.state(tapped.model, nnx.Param), nnx.state(plain, nnx.Param))
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_nnx_state_and_captures_of_the_model_remain():
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.norm = nnx.BatchNorm(4, rngs=rngs)
+      self.dense = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+      x = self.norm(x)
+      self.sow(nnx.Intermediate, "normalized", x)
+      return self.dense(x)
+
+  x = jnp.asarray(normal(6, 4), jnp.float32)
+  tapped = bnp_optax.nnx.Tapped(Model(nnx.Rngs(0)), x, examples=6)
+  assert not np.any(tapped.model.norm.mean)
+  _, captured = nnx.capture(tapped, nnx.Intermediate)(x)
+  assert np.all(tapped.model.norm.mean[...] != 0)
+  assert jax.tree.leaves(captured)
+  assert not hasattr(tapped.model.dense, "tap_index")
+
+
+def test_nnx_vmap_over_a_model_that_is_closed_over():
+  x = normal(6, 4)
+  model = bnp_optax.nnx.Tapped(
+    nnx.Linear(4, 3, rngs=nnx.Rngs(0), **DTYPE), x[0], examples=6, example_axes=0
+  )
+  grads = nnx.grad(lambda model: jnp.mean(jnp.sin(jax.vmap(model)(x))))(model)
+  (stats,) = from_taps(grads).values()
+  assert_close((stats.examples, stats.rows), (6, 6))
+  assert_close(stats.variance, jnp.var(x, 0))
+
+
+# Transformations of the gradient.
+
+
+class Model(nn.Module):
+  """A convolution, and a layer that is called twice."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.tanh(nn.Conv(3, (2,), padding="VALID", **DTYPE)(x))
+    x = x.reshape(*x.shape[:-2], -1)
+    dense = nn.Dense(x.shape[-1], **DTYPE)
+    return nn.Dense(2, **DTYPE)(dense(nn.tanh(dense(x))))
+
+
+X = (8, 3, 2)
+TAPPED = bnp_optax.linen.Tapped(Model(), examples=8)
+SINGLE = bnp_optax.linen.Tapped(Model(), examples=8, example_axes=0)
+
+
+@pytest.fixture(scope="module")
+def whole():
+  """The parameters with taps, a batch, and its gradient and statistics as they are sown."""
+  x = normal(*X)
+  params = TAPPED.init(jax.random.key(0), x)["params"]
+  return params, x, *sown_linen(Model(), bnp_optax.linen.remove_taps(params), x)
+
+
+def batch_loss(params, x):
+  return loss(TAPPED.apply({"params": params}, x))
+
+
+def single_loss(params, x):
+  return loss(SINGLE.apply({"params": params}, x)[None])
+
+
+def mean(tree):
+  return jax.tree.map(lambda x: jnp.mean(x, 0), tree)
+
+
+def split(x):
+  return x.reshape(4, 2, *x.shape[1:])
+
+
+def micro_batches(params, x):
+  return mean(jax.lax.map(lambda x: jax.grad(batch_loss)(params, x), split(x)))
+
+
+def sum_of_losses(params, x):
+  return jax.grad(lambda p: sum(batch_loss(p, x) for x in split(x)) / 4)(params)
+
+
+def grad_of_vmap(params, x):
+  return jax.grad(lambda p: jnp.mean(jax.vmap(single_loss, (None, 0))(p, x)))(params)
+
+
+def vmap_of_grad(params, x):
+  return mean(jax.vmap(jax.grad(single_loss), (None, 0))(params, x))
+
+
+def vmap_of_batches(params, x):
+  return jax.grad(lambda p: jnp.mean(jax.vmap(batch_loss, (None, 0))(p, split(x))))(params)
+
+
+def checkpoint(params, x):
+  return jax.grad(jax.checkpoint(batch_loss))(params, x)
+
+
+def loss_scale(params, x):
+  scaler = dynamic_scale.DynamicScale(scale=2.0**20)
+  with jax.numpy_dtype_promotion("standard"):
+    return scaler.value_and_grad(batch_loss)(params, x)[3]
+
+
+def devices(check_vma):
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  batch, all_devices = jax.P("d"), jax.P()
+
+  def step(params, x):
+    if not check_vma:
+      return jax.lax.pmean(jax.grad(batch_loss)(params, x), "d")
+    # The gradient of what is equal on all devices is summed over them.
+    return jax.tree.map(lambda x: x / 4, jax.grad(batch_loss)(params, x))
+
+  specs = {"in_specs": (all_devices, batch), "out_specs": all_devices, "check_vma": check_vma}
+  return jax.shard_map(step, mesh=mesh, **specs)
+
+
+GRADIENTS = {
+  f.__name__: f
+  for f in (
+    *(micro_batches, sum_of_losses, grad_of_vmap, vmap_of_grad, vmap_of_batches, checkpoint),
+    loss_scale,
+  )
+} | {"pmean": devices(check_vma=False), "psum": devices(check_vma=True)}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_parts_have_the_statistics_of_the_whole(name, whole):
+  params, x, grads, stats = whole
+  actual = jax.jit(GRADIENTS[name])(params, x)
+  # DynamicScale returns float32.
+  rtol = 1e-6 if name == "loss_scale" else 1e-12
+  assert_same_statistics(from_taps(actual), by_kernel(stats, LayerStatistics), rtol=rtol)
+  assert_close(bnp_optax.linen.remove_taps(actual), grads, rtol)
+
+
+def test_multi_steps(whole):
+  params, x, grads, stats = whole
+  plain = bnp_optax.linen.remove_taps(params)
+  tx = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1))
+  steps = optax.MultiSteps(tx, every_k_schedule=4, accumulator_dtype=jnp.float64)
+  state = steps.init(params)
+  for part in split(x):
+    updates, state = steps.update(jax.jit(jax.grad(batch_loss))(params, part), state, params)
+  expected, _ = tx.update(grads, tx.init(plain), stats=stats)
+  assert_close(bnp_optax.linen.remove_taps(updates), expected)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_clipping_before_bnp_clips_the_gradient_alone(whole, limit):
+  params, x, grads, stats = whole
+  plain = bnp_optax.linen.remove_taps(params)
+  clip = optax.clip_by_global_norm(limit)
+  tx = optax.chain(clip, bnp_optax.bnp(optax.adam(1e-2)))
+  actual = jax.jit(jax.grad(batch_loss))(params, x)
+  assert_close(optax.tree.norm(actual), optax.tree.norm(grads))
+  with jax.numpy_dtype_promotion("standard"):
+    updates, _ = tx.update(actual, tx.init(params), params)
+    expected, _ = tx.update(grads, tx.init(plain), plain, stats=stats)
+  assert_close(bnp_optax.linen.remove_taps(updates), expected)
+
+
+# Life with taps in the parameters.
+
+
+def test_rnn_by_default_and_a_layer_that_does_not_reach_the_loss():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.RNN(nn.GRUCell(3, **DTYPE))(x)
+      nn.Dense(2, name="unused", **DTYPE)(h)
+      return nn.Dense(2, name="head", **DTYPE)(h[:, -1])
+
+  x, model = normal(4, 6, 3), bnp_optax.linen.Tapped(Net(), examples=4)
+  params = model.init(jax.random.key(0), x)["params"]
+  grads = jax.jit(jax.grad(lambda p: loss(model.apply({"params": p}, x))))(params)
+  stats = {path[-2]: s for path, s in from_taps(grads).items()}
+  assert (stats["in"].examples, stats["in"].rows) == (4, 24)
+  np.testing.assert_allclose(stats["in"].mean, np.mean(x, (0, 1)), 1e-12)
+  np.testing.assert_allclose(stats["in"].variance, np.var(x, (0, 1)), 1e-12)
+  assert (stats["unused"].examples, stats["unused"].rows) == (0, 0)
+
+  tx = bnp_optax.scale_by_bnp()
+  updates, state = tx.update(grads, tx.init(params))
+  assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+  assert state.nonfinite_count == 1
+  assert not np.any(state.input_mean["unused"]["kernel"])
+  np.testing.assert_allclose(
+    state.input_mean["GRUCell_0"]["in"]["kernel"], 0.01 * np.mean(x, (0, 1)), 1e-12
+  )
+
+
+def test_nnx_rnn_by_default():
+  x = normal(4, 6, 4)
+  model = bnp_optax.nnx.Tapped(nnx.RNN(nnx.GRUCell(4, 3, rngs=nnx.Rngs(0), **DTYPE)), x, examples=4)
+  stats = from_taps(nnx.grad(lambda model: loss(model(x)))(model))
+  dense_i = stats["model", "cell", "dense_i", "kernel"]
+  assert (dense_i.examples, dense_i.rows) == (4, 24)
+  np.testing.assert_allclose(dense_i.mean, np.mean(x, (0, 1)), 1e-12)
+
+
+@pytest.mark.parametrize("inner", [optax.adamw(1e-2), optax.lion(1e-2), optax.contrib.muon(1e-2)])
+@pytest.mark.usefixtures("standard_promotion")
+def test_taps_stay_zero(whole, inner):
+  params, x, *_ = whole
+  tx = bnp_optax.bnp(inner)
+  state = tx.init(params)
+  for _ in range(2):
+    updates, state = tx.update(jax.jit(jax.grad(batch_loss))(params, x), state, params)
+    params = optax.apply_updates(params, updates)
+  taps = [x for x in jax.tree.leaves(params, is_leaf=_taps.is_tap) if _taps.is_tap(x)]
+  assert len(taps) == 3
+  assert not any(np.any(x) for x in jax.tree.leaves(taps))
+  assert np.any(updates["Dense_0"]["kernel"])
+
+
+def test_taps_are_added_to_parameters_and_serialized(whole):
+  params, x, *_ = whole
+  plain = bnp_optax.linen.remove_taps(params)
+  assert set(plain["Dense_0"]) == {"kernel", "bias"}
+  assert_close(plain, Model().init(jax.random.key(0), x)["params"], rtol=0)
+  _, variables = TAPPED.apply({"params": plain}, x, mutable=["params"])
+  assert_close(variables["params"], params, rtol=0)
+  restored = serialization.from_bytes(params, serialization.to_bytes(params))
+  assert_close(restored, params, rtol=0)
+  np.testing.assert_array_equal(
+    TAPPED.apply({"params": plain}, x), Model().apply({"params": plain}, x)
+  )
+
+
+def test_map_params_reaches_every_parameter_once(whole):
+  params, *_ = whole
+  tx = bnp_optax.bnp(optax.adam(1e-2))
+  state = tx.init(params)
+  mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+  assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+def test_statistics_that_are_given_are_used(whole):
+  params, x, _, stats = whole
+  tx = bnp_optax.scale_by_bnp()
+  grads = jax.jit(jax.grad(batch_loss))(params, x)
+  doubled = jax.tree.map(lambda x: 2 * x, stats)
+  updates, _ = tx.update(grads, tx.init(params), stats=doubled)
+  expected, _ = tx.update(
+    bnp_optax.linen.remove_taps(grads), tx.init(bnp_optax.linen.remove_taps(params)), stats=doubled
+  )
+  assert_close(bnp_optax.linen.remove_taps(updates), expected, rtol=0)
+  assert not np.any(updates["Dense_0"]["tap"]["total"])
+
+
+def test_attributes_of_the_model():
+  model = bnp_optax.linen.Tapped(nn.Dense(3), examples=2)
+  assert model.features == 3
+  with pytest.raises(AttributeError, match="nonsense"):
+    _ = model.nonsense
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(("examples", "example_axes"), [(0, 1), (4, -1)])
+def test_numbers_out_of_range(examples, example_axes):
+  with pytest.raises(ValueError, match="examples= must be at least 1"):
+    bnp_optax.linen.Tapped(nn.Dense(3), examples=examples, example_axes=example_axes)
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="examples= must be at least 1"):
+    bnp_optax.nnx.Tapped(model, normal(2, 4), examples=examples, example_axes=example_axes)
+
+
+def test_no_axis_of_examples():
+  model = bnp_optax.linen.Tapped(nn.Dense(3), examples=4)
+  params = model.init(jax.random.key(0), jnp.ones(4))
+  problems.raises("no argument has 1 leading axes", model.apply, params, jnp.ones(()))
+
+
+def test_keys_are_not_examples():
+  class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, key, x):
+      return nn.Dense(3, **DTYPE)(x + jax.random.normal(key[0], x.shape))
+
+  model, x = bnp_optax.linen.Tapped(Noisy(), examples=6), normal(6, 4)
+  keys = jax.random.split(jax.random.key(0), 2)
+  params = model.init(jax.random.key(0), keys, x)
+  (stats,) = from_taps(jax.grad(lambda p: loss(model.apply(p, keys, x)))(params)).values()
+  assert stats.examples == 6
+
+
+def test_kernels_with_other_axes_need_layers():
+  # The shapes of this kernel and of its statistics fit a Dense.
+  model = bnp_optax.linen.Tapped(nn.Einsum((4, 4), "bd,fd->bf", use_bias=False), examples=6)
+  x = jnp.ones((6, 4))
+  params = model.init(jax.random.key(0), x)["params"]
+  grads = jax.grad(lambda p: loss(model.apply({"params": p}, x)))(params)
+  tx = bnp_optax.scale_by_bnp()
+  problems.raises(
+    "other axes than that of a Dense or Conv, pass layers=", tx.update, grads, tx.init(params)
+  )
+
+
+def test_taps_below_float32():
+  model = bnp_optax.linen.Tapped(nn.Dense(3), examples=6)
+  params = model.init(jax.random.key(0), jnp.ones((6, 4)))
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  problems.raises("its tap is bfloat16", model.apply, half, jnp.ones((6, 4), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["tap", "rows"])
+def test_a_tap_that_is_masked_out(whole, name):
+  params, *_ = whole
+  mask = jax.tree_util.tree_map_with_path(
+    lambda path, _: name not in [k.key for k in path] or "Dense_0" not in [k.key for k in path],
+    params,
+  )
+  tx = optax.masked(bnp_optax.scale_by_bnp(), mask)
+  problems.raises("No statistics for Dense_0", tx.update, params, tx.init(params))
+
+
+def test_no_taps(whole):
+  params, *_ = whole
+  plain = bnp_optax.linen.remove_taps(params)
+  tx = bnp_optax.scale_by_bnp()
+  problems.raises("give it bnp_optax.linen.Tapped", tx.update, plain, tx.init(plain))
+
+
+def test_nnx_stacks_along_another_axis_than_the_first():
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.axes = nnx.StateAxes({nnx.Param: 1, ...: None})
+      make = nnx.vmap(lambda rngs: nnx.Linear(4, 3, rngs=rngs), out_axes=self.axes)
+      self.layers = make(rngs.split(2))
+
+    def __call__(self, x):
+      return nnx.vmap(lambda layer, x: layer(x), in_axes=(self.axes, None))(self.layers, x)
+
+  with pytest.raises(ValueError, match="stacked along axis 0"):
+    bnp_optax.nnx.Tapped(Net(nnx.Rngs(0)), jnp.ones((6, 4)), examples=6)
