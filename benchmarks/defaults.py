@@ -460,13 +460,22 @@ def report(records: pathlib.Path) -> None:
     if loss > np.ptp(best[key]["paper"]):
       print(f"  {key}: {loss:.1f} points, range {np.ptp(best[key]['paper']):.1f}")
 
+  tested = {(*_names(r), r["setting"]): r for r in read(records) if "test_accuracy" in r}
   print("\n| network, optimizer, batch size | alone | BNP |\n| --- | --: | --: |")
-  for (network, batch_size, optimizer), records_of_cell in itertools.groupby(
-    (r for r in read(records) if "test_accuracy" in r), key=_names
-  ):
-    cells = {r["setting"]: 100 * np.array(r["test_accuracy"]) for r in records_of_cell}
-    row = [f"{x.mean():.1f} ({x.min():.1f}–{x.max():.1f})" for x in cells.values()]
-    print(f"| {_label(network, optimizer, batch_size)} | {' | '.join(row)} |")
+  for cell in dict.fromkeys(key[:3] for key in tested):
+    found = [100 * np.array(tested[*cell, s]["test_accuracy"]) for s in ("alone", "debias")]
+    row = [f"{x.mean():.1f} ({x.min():.1f}–{x.max():.1f})" for x in found]
+    print(f"| {_label(cell[0], cell[2], cell[1])} | {' | '.join(row)} |")
+  print("\n| | " + " | ".join(f"batch size {b}" for b in sorted({key[1] for key in tested})) + " |")
+  for network, optimizer, setting in dict.fromkeys((n, o, s) for n, _, o, s in tested):
+    found = [
+      100 * np.mean(tested[network, b, optimizer, setting]["test_accuracy"])
+      for b in sorted({key[1] for key in tested})
+      if (network, b, optimizer, setting) in tested
+    ]
+    bnp, mark = (" with BNP", "**") if setting == "debias" else ("", "")
+    name = f"{NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]}{bnp}"
+    print(f"| {' | '.join(f'{mark}{x}{mark}' for x in (name, *(f'{x:.1f}' for x in found)))} |")
 
 
 def _label(network: str, optimizer: str, batch_size: int) -> str:

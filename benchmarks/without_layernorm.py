@@ -38,7 +38,7 @@ class WithArguments(methods.Method):
     self, rate: methods.Rate, layers: bnp_optax.Layers
   ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer for a learning rate and the layers of a network."""
-    return bnp_optax.bnp(self.optimizer(rate), layers=layers, **dict(self.arguments))
+    return bnp_optax.bnp(self.optimizer(rate), debias=False, layers=layers, **dict(self.arguments))
 
 
 def main() -> None:

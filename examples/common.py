@@ -43,11 +43,11 @@ class Scores(NamedTuple):
 
 
 def _bnp(rate: Any) -> optax.GradientTransformationExtraArgs:
-  return optax.chain(bnp_optax.scale_by_bnp(debias=True), optax.sgd(rate))
+  return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(rate))
 
 
 def _bnp_adam(rate: Any) -> optax.GradientTransformationExtraArgs:
-  return bnp_optax.bnp(optax.adam(rate), debias=True)
+  return bnp_optax.bnp(optax.adam(rate))
 
 
 SGD = Method("SGD", "#A6A6A6", "s", lambda r: optax.with_extra_args_support(optax.sgd(r)))
