@@ -51,7 +51,8 @@ class Observation:
 
 def observe_call(call: Call, kind: str, example_axes: int = 1) -> Observation:
   """Return the observation of one call of a layer."""
-  examples = max(1, math.prod(call.example_shape(example_axes)))
+  # Not max(): a symbolic size cannot be compared with 1.
+  examples = math.prod(call.example_shape(example_axes)) or 1
   rows = math.prod(call.leading) if call.rows is None else call.rows
   return Observation(
     marker=jnp.zeros(()),

@@ -24,7 +24,11 @@ def on_auto_axes(function: Callable[..., Any], *like: jax.Array | None) -> Calla
 def replicated(x: jax.Array) -> jax.Array:
   """Return ``x`` on every device if it is on a mesh with Explicit axes, else ``x`` itself."""
   sharding = _explicit_sharding(x)
-  return x if sharding is None else jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+  if sharding is None:
+    return x
+  whole = NamedSharding(sharding.mesh, PartitionSpec())
+  copy: Any = jax.sharding.auto_axes(lambda x: x, out_sharding=whole)
+  return copy(x)
 
 
 def _explicit_sharding(x: jax.Array) -> NamedSharding | None:

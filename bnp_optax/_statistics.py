@@ -157,7 +157,8 @@ def layer_statistics(
   dtype = accumulation_dtype(inputs.dtype)
   h = inputs.astype(dtype)
   leading = tuple(range(h.ndim - 1 - stack))
-  weight = rows / max(1, math.prod(h.shape[: len(leading)]))
+  # Not max(): the size of a batch that is symbolic cannot be compared with 1.
+  weight = rows / (math.prod(h.shape[: len(leading)]) or 1)
   counted = jnp.asarray(sum_over_devices(rows), dtype)
   present = True
   if mask is not None:

@@ -222,11 +222,12 @@ def bnp(
     **extra_args: Any,
   ) -> tuple[optax.Updates, BnpState]:
     check_state(state, BnpState)
-    if found := extra_args.keys() & {"grad", "grad_fn", "obj_fn", "value_fn"}:
+    if extra_args.keys() & {"grad", "grad_fn", "obj_fn", "value_fn"}:
       raise ValueError(
-        f"bnp: update was given {', '.join(sorted(found))}, as line searches and sam take. They "
-        "refer to the parameters, but the inner optimizer runs in BNP's coordinates z. Put a line "
-        "search after BNP, as in optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
+        "bnp: update was given value_fn= or grad=, the arguments of line searches, or grad_fn= or "
+        "obj_fn=, those of sam and sophia. They refer to the parameters, but the inner optimizer "
+        "runs in BNP's coordinates z. Put the line search after BNP, as in "
+        "optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
         "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
       )
     statistics, preconditioners = running.update(updates, state.statistics, stats)

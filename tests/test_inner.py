@@ -106,7 +106,7 @@ def test_functions_of_the_parameters_are_refused(name, mlp):
   params, grads, stats = mlp
   tx = bnp_optax.bnp(optax.sgd(0.1))
   arguments = {"stats": stats, name: None}
-  raises(f"given {name}, as line", tx.update, grads, tx.init(params), params, **arguments)
+  raises(f"update was given .*{name}=.*", tx.update, grads, tx.init(params), params, **arguments)
 
 
 def test_sam_is_refused_on_both_sides(mlp):
@@ -121,4 +121,4 @@ def test_sam_is_refused_on_both_sides(mlp):
   )
   opaque = bnp_optax.bnp(optax.contrib.sam(optax.sgd(0.1), ascent, opaque_mode=True))
   state, arguments = opaque.init(params), {"stats": stats, "grad_fn": lambda p, _: p}
-  raises("given grad_fn", opaque.update, grads, state, params, **arguments)
+  raises("update was given .*grad_fn=", opaque.update, grads, state, params, **arguments)

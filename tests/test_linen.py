@@ -713,3 +713,34 @@ def test_nn_vmap_over_examples():
   whole = sow(nn.Dense(2), params, x)
   mapped = sow(over(2), params, x, context={"example_axes": 0, "axis_name": "batch"})
   chex.assert_trees_all_close(mapped, whole, rtol=1e-6)
+
+
+# A batch of symbolic size.
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_step_that_is_exported_for_any_batch_size(masked):
+  model, x = problems.CNN(), uniform(3, 8, 8, 2)
+  params = init(model, x)
+  tx = bnp_optax.bnp(optax.sgd(0.1))
+
+  def step(params, x, mask):
+    def loss_fn(params):
+      with sow_statistics(mask=mask if masked else None):
+        y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+      return jnp.sum(y**2) / x.shape[0], aux["intermediates"]
+
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    return tx.update(grads, tx.init(params), params, stats=stats)[0]
+
+  (batch,) = jax.export.symbolic_shape("batch")
+  shapes = jax.ShapeDtypeStruct((batch, 8, 8, 2), x.dtype), jax.ShapeDtypeStruct((batch,), bool)
+  exported = jax.export.export(jax.jit(step))(params, *shapes)
+  mask = np.array([True, False, True])
+  chex.assert_trees_all_close(
+    exported.call(params, x, mask), jax.jit(step)(params, x, mask), rtol=1e-4, atol=1e-6
+  )
+  found, plain = (bnp_optax.linen.layers(model, inputs) for inputs in (shapes[0], x))
+  assert dict(found) == dict(plain)
+  positions = [[entry.positions for entry in table.entries] for table in (found, plain)]
+  assert positions[0] == positions[1]
