@@ -241,5 +241,5 @@ class TapReporter:
         f"Layer {name}: its tap is {dtype}. The statistics need float32: pass dtype={dtype} to the "
         "layers instead of a cast of their parameters."
       )
-    sums = jax.tree.map(lambda x: jax.lax.stop_gradient(x.astype(dtype)), sums)
+    sums = jax.tree.map(lambda x: x.astype(dtype), sums)
     return _identity(outputs, _follow(dict(tap), statistics.total), sums)
