@@ -410,7 +410,7 @@ def test_rnn_by_default_and_a_layer_that_does_not_reach_the_loss():
   assert state.nonfinite_count == 1
   assert not np.any(state.input_mean["unused"]["kernel"])
   np.testing.assert_allclose(
-    state.input_mean["GRUCell_0"]["in"]["kernel"], 0.01 * np.mean(x, (0, 1)), 1e-12
+    state.input_mean["GRUCell_0"]["in"]["kernel"], np.mean(x, (0, 1)), 1e-12
   )
 
 
