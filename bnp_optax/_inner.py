@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
-import numpy as np
 import optax
 
 from bnp_optax._matching import Layer
@@ -71,12 +69,5 @@ def _dependencies(jaxpr: Any) -> list[set[int]]:
   inputs = {id(x): {i} for i, x in enumerate(jaxpr.invars)}
   for equation in jaxpr.eqns:
     found = set[int]().union(*(inputs.get(id(x), ()) for x in equation.invars))
-    if equation.primitive.name == "mul" and any(_is_zero(x) for x in equation.invars):
-      found = set[int]()  # Such as a weight decay of 0.
     inputs.update((id(x), found) for x in equation.outvars)
   return [inputs.get(id(x), set()) for x in jaxpr.outvars]
-
-
-def _is_zero(x: Any) -> bool:
-  """Return True for the constant 0 among the inputs of an equation."""
-  return isinstance(x, Literal) and np.ndim(x.val) == 0 and bool(x.val == 0)

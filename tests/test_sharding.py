@@ -61,8 +61,9 @@ def test_the_steps_of_split_kernels(name, bias, wrap):
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh(), spec))
     split = jax.tree.map(put, params, specs)
     state = jax.jit(tx.init)(split)
+    features = P("data", *[None] * len(layout.stack), "model")
     for compile_ in (jax.jit, lambda function: function):
-      updates, new_state = compile_(step)(split, state, put(inputs, P("data")))
+      updates, new_state = compile_(step)(split, state, put(inputs, features))
       assert jax.tree.map(lambda x: x.sharding.spec, updates) == specs
       assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
       for found, right in zip(*map(jax.tree.leaves, ((updates, new_state), expected)), strict=True):
