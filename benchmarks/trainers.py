@@ -24,6 +24,11 @@ OPTIMIZERS = {
   "adam": lambda learning_rate: optax.adam(learning_rate),
   "bnp(adam)": lambda learning_rate: bnp_optax.bnp(optax.adam(learning_rate), debias=True),
 }
+# SAC has two critics, whose kernels are stacked.
+DENSE = bnp_optax.KernelLayout()
+SAC_LAYERS = {("params", f"Dense_{i}", "kernel"): DENSE for i in range(4)} | {
+  ("params", "VmapContinuousCritic_0", f"Dense_{i}", "kernel"): DENSE.stacked([0]) for i in range(3)
+}
 
 
 def tapped(model_class: Any, examples: int) -> Callable[..., Any]:
@@ -82,6 +87,9 @@ def sac(optimizer: str, seed: int) -> float:
 
   policy = {"optimizer_class": OPTIMIZERS[optimizer], "net_arch": [64, 64]}
   if optimizer != "adam":
+    policy["optimizer_class"] = lambda learning_rate: bnp_optax.bnp(
+      optax.adam(learning_rate), debias=True, layers=SAC_LAYERS
+    )
     policy["actor_class"] = tapped(SquashedGaussianActor, 256)
     policy["vector_critic_class"] = tapped(VectorCritic, 256)
   model = sbx.SAC("MlpPolicy", "Pendulum-v1", 1e-3, policy_kwargs=policy, seed=seed)

@@ -92,7 +92,8 @@ def scale_by_bnp(
   Returns:
     A transformation whose ``update`` takes the keyword ``stats``: the statistics of the forward
     pass that the gradients come from, as `bnp_optax.linen.sow_statistics` gathers them. A whole
-    ``intermediates`` collection works; other values sown there are ignored. Gradients keep their
+    ``intermediates`` collection works; other values sown there are ignored. The gradient of
+    `bnp_optax.linen.Tapped` carries the statistics, and needs no ``stats``. Gradients keep their
     dtype. Numeric arguments may be arrays, or schedules through `optax.inject_hyperparams`.
 
   Raises:
