@@ -433,6 +433,17 @@ def best_rates(records: pathlib.Path) -> Best:
   return {key: best[key] for key in order if key in best}
 
 
+def rates_within_a_point(records: pathlib.Path) -> dict[tuple[str, str, int], dict[str, int]]:
+  """Return the number of learning rates within a point of the best, for each setting of a cell."""
+  widths: dict[tuple[str, str, int], dict[str, int]] = {}
+  for record in read(records):
+    if "accuracy" in record:
+      means = np.mean(record["accuracy"], axis=1)
+      key = record["network"], record["optimizer"], record["batch_size"]
+      widths.setdefault(key, {})[record["setting"]] = int(np.sum(means >= means.max() - 0.01))
+  return widths
+
+
 def report(records: pathlib.Path) -> None:
   """Print the tables of the page, and apply the rule."""
   best = best_rates(records)
@@ -450,6 +461,14 @@ def report(records: pathlib.Path) -> None:
     means = [f"{np.mean([best[key][n].mean() for key in keys]):.1f}" for n in NAMES[1:]]
     print(f"| {' | '.join([NETWORKS.get(network, network), str(len(keys)), *means])} |")
 
+  print("\n| rates within a point of the best | " + " | ".join(NAMES) + " |")
+  print("| --- |" + " --: |" * len(NAMES))
+  widths = rates_within_a_point(records)
+  for key in best:
+    if key[0] in ("fc", "cnn") and key[1] in ("sgd", "adam") and key[2] in (1, 60, 512):
+      row = [str(widths[key].get(name, "")) for name in NAMES]
+      print(f"| {_label(*key)} | {' | '.join(row)} |")
+
   def mean(name: str) -> float:
     return float(np.mean([best[key][name].mean() for key in complete]))
 
@@ -466,11 +485,13 @@ def report(records: pathlib.Path) -> None:
     found = [100 * np.array(tested[*cell, s]["test_accuracy"]) for s in ("alone", "debias")]
     row = [f"{x.mean():.1f} ({x.min():.1f}–{x.max():.1f})" for x in found]
     print(f"| {_label(cell[0], cell[2], cell[1])} | {' | '.join(row)} |")
-  print("\n| | " + " | ".join(f"batch size {b}" for b in sorted({key[1] for key in tested})) + " |")
+  sizes = sorted({key[1] for key in tested})
+  print("\n| | " + " | ".join(f"batch size {b}" for b in sizes) + " |")
+  print("| --- |" + " --: |" * len(sizes))
   for network, optimizer, setting in dict.fromkeys((n, o, s) for n, _, o, s in tested):
     found = [
       100 * np.mean(tested[network, b, optimizer, setting]["test_accuracy"])
-      for b in sorted({key[1] for key in tested})
+      for b in sizes
       if (network, b, optimizer, setting) in tested
     ]
     bnp, mark = (" with BNP", "**") if setting == "debias" else ("", "")
