@@ -50,8 +50,6 @@ def test_the_experiment_of_a_folder_is_read_from_its_records(folder):
     assert folder.name.partition("-")[0] in {"gallery", "online", "step"}
     return
   experiment, command = found
-  if folder.name == "quickstart-cifar10":
-    pytest.xfail("recorded before the quickstart had Adam and bnp(Adam)")
   assert folder.name.startswith(f"{experiment.name}-{experiment.dataset}")
   assert command.startswith(f"bnp-optax run {experiment.name} ")
   assert report.outcomes(experiment, read_results(folder))
