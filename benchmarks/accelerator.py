@@ -18,7 +18,7 @@ import pathlib
 import time
 from typing import Any
 
-from cells import FORMS, make_cell, make_step
+from cells import CELLS_WITH_FORMS, FORMS, make_cell, make_step
 from common import time_in_turn
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ CELLS = (
   "fc100-100:16:f32",
   "fc100-100:256:f32",
 )
-CELLS_WITH_FORMS = ("fc4096-4096:60:f32", "fc100-100:60:f32")
 CALIBRATION = 10
 
 

@@ -3,7 +3,7 @@
 Measures: kernels, bytes, memory, collectives, the TPU compiler's estimate of cycles, and the time
 to compile, of a step of SGD, BatchNorm, BNP, Adam, bnp(Adam) and Muon.
 Command: `tpu/bin/python benchmarks/ahead.py v5e v6e`, `cuda/bin/python benchmarks/ahead.py h100`,
-some ten minutes each; then `python benchmarks/ahead.py --table`.
+some ten minutes each. Without a target it prints the records.
 Quoted by: docs/performance.md, "On GPU and TPU".
 
 The records are in `ahead.jsonl`; what it has is not compiled again. The compilers are packages, for
@@ -24,7 +24,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
-from cells import METHODS, make_cell, make_step
+from cells import CELLS_WITH_FORMS, FORMS, METHODS, make_cell, make_step
 import jax
 from jax.experimental import topologies
 import numpy as np
@@ -189,8 +189,7 @@ def measure(target: str, name: str, method: str, split: str) -> dict[str, Any]:
       totals["cycles"] += times * int(cycles[1])
     if kind := _COLLECTIVE.match(x.op):
       totals["collectives"] += times
-      # The type of an asynchronous one holds operands and results.
-      totals[kind[1]] += times * size(x.type) // (2 if x.op == "all-gather-start" else 1)
+      totals[kind[1]] += times * sum(size(beside[operand].type) for operand in x.operands)
   return {
     "target": target,
     "cell": name,
@@ -208,44 +207,44 @@ def read_records() -> list[dict[str, Any]]:
   return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
 
 
-def print_table() -> None:
-  """Print the records relative to plain SGD as Markdown."""
-  records = read_records()
-  by_key = {(x["target"], x["cell"], x["split"], x["method"]): x for x in records}
-  for target in TARGETS:
-    quantity = "bytes" if target == "h100" else "cycles"
-    print(f"\n| {target} | SGD, {quantity} | kernels: SGD | BNP |", end="")
-    print(" | ".join(["", *[m for m in METHODS if m != "SGD"], ""]))
-    print("| --- " + "| --: " * (len(METHODS) + 2) + "|")
-    for name in CELLS:
-      row = {m: by_key.get((target, name, "", m)) for m in METHODS}
-      if sgd := row.pop("SGD"):
-        cells = [f"{sgd[quantity]:,}", sgd["kernels"], row["BNP"]["kernels"] if row["BNP"] else ""]
-        cells += [f"{x[quantity] / sgd[quantity]:.2f}" if x else "" for x in row.values()]
-        print(f"| {name} |", " | ".join(map(str, cells)), "|")
+def print_tables() -> None:
+  """Print the records as Markdown, relative to plain SGD."""
+  records = {(x["target"], x["cell"], x["split"], x["method"]): x for x in read_records()}
+  others = [method for method in (*METHODS, *FORMS) if method != "SGD"]
+  for quantity in ("cycles", "bytes", "memory", "kernels", "compile_seconds"):
+    print(f"\n| target | network, batch | SGD, {quantity} |", " | ".join(others), "|")
+    print("| --- | --- " + "| --: " * (1 + len(others)) + "|")
+    for target in TARGETS:
+      for name in CELLS:
+        sgd = records.get((target, name, "", "SGD"), {})
+        if quantity in sgd:
+          row = [records.get((target, name, "", method)) for method in others]
+          ratios = [f"{x[quantity] / sgd[quantity]:.2f}" if x else "" for x in row]
+          print(f"| {target} | {name} | {sgd[quantity]:,} |", " | ".join(ratios), "|")
+  for (target, _, split, method), x in records.items():
+    if split:
+      kinds = ", ".join(f"{kind} {x[kind]:,}" for kind in x if _COLLECTIVE.fullmatch(kind))
+      print(f"{target}, {split}, {method}: {x['collectives']} collectives, bytes in: {kinds}")
 
 
 def main() -> None:
-  """Compile what the records lack, or print them."""
+  """Compile what the records lack, and print them."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("targets", nargs="*", choices=TARGETS)
+  parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
   parser.add_argument("--cells", nargs="*", default=CELLS, help="network:batch:dtype")
-  parser.add_argument("--methods", nargs="*", default=METHODS)
-  parser.add_argument("--table", action="store_true", help="print the records")
   options = parser.parse_args()
   done = {(x["target"], x["cell"], x["method"], x["split"]) for x in read_records()}
   wanted = [(name, split) for split in SPLITS for name in [SPLIT_CELL]]
   wanted = [*((name, "") for name in options.cells), *wanted]
   for target in options.targets:
     for name, split in wanted:
-      for method in options.methods:
-        if method in make_cell(name).methods and (target, name, method, split) not in done:
+      for method in [*make_cell(name).methods, *(FORMS if name in CELLS_WITH_FORMS else ())]:
+        if (target, name, method, split) not in done:
           record = measure(target, name, method, split)
           with RECORDS.open("a") as file:
             file.write(json.dumps(record) + "\n")
           print(json.dumps(record), flush=True)
-  if options.table:
-    print_table()
+  print_tables()
 
 
 if __name__ == "__main__":

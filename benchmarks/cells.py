@@ -255,6 +255,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
   "bnp(Adam): reduction": ("bnp(Adam)", {"_sum": _reduction}),
 }
 
+CELLS_WITH_FORMS = ("fc4096-4096:60:f32", "fc100-100:60:f32")
+
 Carry = tuple[optax.Params, Any, optax.OptState]
 
 
