@@ -6,7 +6,7 @@ Command: `tpu/bin/python benchmarks/ahead.py v5e v6e`, `cuda/bin/python benchmar
 some ten minutes each. Without a target it prints the records.
 Quoted by: docs/performance.md, "On GPU and TPU".
 
-The records are in `ahead.jsonl`; what it has is not compiled again. The compilers are packages, for
+The records are in `records/ahead.jsonl`; what it has is not compiled again. The compilers are packages, for
 separate environments. They need neither hardware nor drivers:
 
 python -m venv tpu && tpu/bin/pip install -e . 'jax[tpu]==0.10.2'
@@ -37,7 +37,7 @@ WITHOUT_CHIPS = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 HERE = pathlib.Path(__file__).parent
-RECORDS = HERE / "ahead.jsonl"
+RECORDS = HERE / "records" / "ahead.jsonl"
 TARGETS = ("v5e", "v6e", "h100")
 CELLS = (
   *(f"fc100-100:{batch}:f32" for batch in (1, 16, 60, 256)),
