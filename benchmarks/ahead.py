@@ -6,7 +6,8 @@ Command: `tpu/bin/python benchmarks/ahead.py v5e v6e`, `cuda/bin/python benchmar
 some ten minutes each. Without a target it prints the records.
 Quoted by: docs/performance.md, "On GPU and TPU".
 
-The records are in `records/ahead.jsonl`; what it has is not compiled again. The compilers are packages, for
+The records are in `records/ahead.jsonl`; what it has is not compiled again. The compilers are
+packages, for
 separate environments. They need neither hardware nor drivers:
 
 python -m venv tpu && tpu/bin/pip install -e . 'jax[tpu]==0.10.2'

@@ -40,12 +40,12 @@ class _Lifted:
   Attributes:
     axis: Axis of the parameters along which it stacks layers; None if it repeats calls of one.
     added: Whether it returns the intermediates only for BNP.
-    told: Whether its ``variable_axes`` have an axis for the intermediates.
+    own: Whether its ``variable_axes`` have an axis for the intermediates.
   """
 
   axis: int | None
   added: bool
-  told: bool
+  own: bool
 
 
 # A function of a path under a map_variables: for each axis of the kernel, the axis of the parameter
@@ -83,7 +83,7 @@ def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> 
     # examples: their number is then not that of the layers' inputs.
     known = not axes or axes[0] is not None or reporter.fixed_examples
     added = known and not own
-    _lifted.set(_Lifted(axes[0] if axes else None, added, told=any(x is not None for x in own)))
+    _lifted.set(_Lifted(axes[0] if axes else None, added, own=any(x is not None for x in own)))
     return original({**xs, COLLECTION: Out(0)} if added else xs)
 
   return split
@@ -192,12 +192,12 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
   """
   transforms = [x for x in _outer.get() if isinstance(x, _Lifted)]
   problem = ""
-  if any(x.axis and (biased or x.told) for x in transforms):
+  if any(x.axis and (biased or x.own) for x in transforms):
     problem = (
       "nn.scan or nn.vmap does not stack it along axis 0: use variable_axes={'params': 0}, or "
       "leave out its bias and the intermediates in variable_axes"
     )
-  elif any(x.added and y.told for x, y in itertools.combinations(transforms, 2)):
+  elif any(x.added and y.own for x, y in itertools.combinations(transforms, 2)):
     problem = (
       "of nested nn.scan or nn.vmap only the inner one has the intermediates in variable_axes: "
       "leave them out there"

@@ -178,7 +178,7 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[Reporter | TapRep
   """
   if isinstance(outer := _active.get(), Reporter):
     reporter = outer.nested(reporter)
-  # An interceptor would see the inputs before those that are inside of it change them.
+  # An interceptor gets the inputs before the interceptors inside of it change them.
   hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **wrappers(_active)}
   with activate(_active, reporter, reporter.key), _patches.applied(hooks):
     yield reporter

@@ -43,7 +43,7 @@ class Tapped:
     ...   tx=bnp_optax.bnp(optax.sgd(0.3)),
     ... )
     >>> @jax.jit
-    ... def step(state):  # It does not know of BNP.
+    ... def step(state):  # It has no line about BNP.
     ...   loss_fn = lambda params: jnp.mean((state.apply_fn({"params": params}, x) - 2.0) ** 2)
     ...   loss, grads = jax.value_and_grad(loss_fn)(state.params)
     ...   return state.apply_gradients(grads=grads), loss
