@@ -148,7 +148,7 @@ def make_layers(
     elif path in called:
       entries[path] = passed_by(path, called[path], lost, covered=False)
     elif owner.linear and owner.ndim >= 2 and path not in beside:
-      reason = "no supported linear layer was called with it: a custom module, or not called"
+      reason = "no linear layer was called with it: a class that is not registered, or no call"
       entries[path] = passed_by(path, owner.kind, reason, covered=None)
     else:
       entries[path] = passed_by(path, owner.kind)

@@ -54,13 +54,13 @@ path             kind        shape  inputs  calls  positions  preconditioned
 -
 conv/kernel      Conv        3x1x8  2x5x4       1          5  yes
 embed/embedding  Embed       9x4                              passes through
-kernel           Everything  3x2                              unknown: no supported linear layer was called with it: a custom module, or not called
+kernel           Everything  3x2                              unknown: no linear layer was called with it: a class that is not registered, or no call
 norm/bias        LayerNorm   4                                passes through
 norm/scale       LayerNorm   4                                passes through
 odd/bias         Einsum      3                                passes through
 odd/kernel       Einsum      3x3x2  2x3         1          1  NO: in 'bd,dkl->bk' the kernel's axis 'l' is summed alone, so its rows are not defined
 pool/kernel      Einsum      8x3    2x8         1          1  yes, without bias: not centred
-position         Everything  1x5x4                            unknown: no supported linear layer was called with it: a custom module, or not called
+position         Everything  1x5x4                            unknown: no linear layer was called with it: a class that is not registered, or no call
 2 layers, 56 of 147 parameters (38.1%)"""  # noqa: E501
 
 
