@@ -233,16 +233,15 @@ def make_run(cell: Cell, model: Any, layers: Any) -> Callable[..., Any]:
 
 def measure(path: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
   """Train all lanes of a cell; return one record for each of its settings."""
+  from bnp_experiments.models import find_layers
   from bnp_experiments.training import as_inputs
   import jax
   import jax.numpy as jnp
 
-  import bnp_optax
-
   start = time.perf_counter()
   data = examples(path, cell.network)
   model, parameters = model_and_parameters(path, cell.network)
-  layers = bnp_optax.linen.layers(model, as_inputs(data[0][:1]), train=False, strict=True)
+  layers = find_layers(model, as_inputs(data[0][:1]))
   steps = STEPS[cell.batch_size][cell.network[:2] in ("vi", "lm")]
   orders = np.stack([_order(seed, len(data[0]), steps * cell.batch_size) for seed in SEEDS])
   orders = orders.reshape(len(SEEDS), steps, cell.batch_size)
@@ -387,14 +386,13 @@ def test(records: pathlib.Path, path: pathlib.Path) -> None:
 def _test(path: pathlib.Path, cell: Cell, rate: float) -> list[float]:
   """Train from each of `TEST_SEEDS`, and return the accuracy on the test images."""
   from bnp_experiments import data
+  from bnp_experiments.models import find_layers
   from bnp_experiments.training import as_inputs
   import jax
 
-  import bnp_optax
-
   dataset, (x, y, *_) = data.load("cifar10"), map(np.asarray, examples(path, cell.network))
   model, _ = model_and_parameters(path, cell.network)
-  layers = bnp_optax.linen.layers(model, as_inputs(x[:1]), train=False, strict=True)
+  layers = find_layers(model, as_inputs(x[:1]))
   tx = make_optimizer(cell, Lane(rate, math.inf, math.inf, 0), layers)
   step = jax.jit(functools.partial(take_step, model, tx), donate_argnums=0)
   classify = jax.jit(lambda p, x: model.apply({"params": p}, as_inputs(x), train=False).argmax(-1))

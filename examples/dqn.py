@@ -8,8 +8,8 @@ python examples/dqn.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,8 +44,8 @@ def loss_fn(params: Any, target: Any, batch: Any) -> tuple[jax.Array, Any]:
   return optax.huber_loss(chosen, goal).mean(), aux["intermediates"]
 
 
-@common.side_by_side
-def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+@gallery.side_by_side
+def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
   """Train one agent."""
   key = jax.random.key(seed)
   params = MODEL.init(key, jnp.zeros((1, 4)))["params"]
@@ -80,9 +80,9 @@ def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Score
   # Steps over the number of episodes that ended in each part of the run.
   lengths = (STEPS / PARTS) / jnp.maximum(ended.reshape(PARTS, -1).sum(axis=1), 1)
   lengths = jnp.minimum(lengths, float(LIMIT))
-  return common.Scores(lengths[-1], lengths[-1], lengths)
+  return gallery.Scores(lengths[-1], lengths[-1], lengths)
 
 
 if __name__ == "__main__":
   title = f"CartPole by Q-learning, FC 64-64, batch size {BATCH}, {STEPS:,} steps"
-  common.compare("dqn", title, run, "steps an episode", up=True)
+  gallery.compare("dqn", title, run, "steps an episode", up=True)

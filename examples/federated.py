@@ -10,8 +10,8 @@ python examples/federated.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +43,8 @@ def accuracy(params: Any, part: slice) -> jax.Array:
   return jnp.mean(MODEL.apply({"params": params}, X[part]).argmax(-1) == Y[part])
 
 
-@common.side_by_side
-def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+@gallery.side_by_side
+def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
   """Train one network by federated averaging."""
   key = jax.random.key(seed)
   params = MODEL.init(key, X[:1])["params"]
@@ -70,11 +70,11 @@ def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Score
 
   keys = jax.random.split(key, ROUNDS)
   (params, _), curve = jax.lax.scan(federated_round, (params, tx.init(params)), keys)
-  return common.Scores(accuracy(params, VALIDATION), curve[-1], curve)
+  return gallery.Scores(accuracy(params, VALIDATION), curve[-1], curve)
 
 
 if __name__ == "__main__":
   title = (
     f"Federated averaging of the digits, {CLIENTS} clients, {ROUNDS} rounds, batches of {BATCH}"
   )
-  common.compare("federated", title, run, "test accuracy", up=True)
+  gallery.compare("federated", title, run, "test accuracy", up=True)

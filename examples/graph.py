@@ -10,8 +10,8 @@ python examples/graph.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,8 +72,8 @@ def test_error(params: Any, part: slice) -> jax.Array:
   return error(MODEL.apply({"params": params}, PLACES[part], ADJACENCY[part]), part)
 
 
-@common.side_by_side
-def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+@gallery.side_by_side
+def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
   """Train one network."""
   key = jax.random.key(seed)
   params = MODEL.init(key, PLACES[:1], ADJACENCY[:1])["params"]
@@ -92,9 +92,9 @@ def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Score
 
   keys = jax.random.split(key, EPOCHS)
   (params, _), curve = jax.lax.scan(epoch, (params, tx.init(params)), keys)
-  return common.Scores(test_error(params, slice(200, 400)), curve[-1], curve)
+  return gallery.Scores(test_error(params, slice(200, 400)), curve[-1], curve)
 
 
 if __name__ == "__main__":
   title = f"Triangles of each node of a padded graph, {BATCH} graphs a step, {EPOCHS} epochs"
-  common.compare("graph", title, run, "mean square error", up=False)
+  gallery.compare("graph", title, run, "mean square error", up=False)

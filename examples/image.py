@@ -9,8 +9,8 @@ python examples/image.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +61,8 @@ def psnr(params: Any, part: slice) -> jax.Array:
   return -10 * jnp.log10(jnp.mean(wrong**2))
 
 
-@common.side_by_side
-def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+@gallery.side_by_side
+def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
   """Train one network."""
   key = jax.random.key(seed)
   params = MODEL.init(key, PLACES[:1])["params"]
@@ -80,9 +80,9 @@ def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Score
 
   pixels = jax.random.randint(key, (STEPS // EVERY, EVERY, PIXELS), 2 * TENTH, len(PLACES))
   (params, _), curve = jax.lax.scan(stretch, (params, tx.init(params)), pixels)
-  return common.Scores(psnr(params, slice(TENTH, 2 * TENTH)), curve[-1], curve)
+  return gallery.Scores(psnr(params, slice(TENTH, 2 * TENTH)), curve[-1], curve)
 
 
 if __name__ == "__main__":
   title = f"An image of 60 x 90 pixels, FC 100-100-100, {PIXELS} pixels a step, {STEPS:,} steps"
-  common.compare("image", title, run, "PSNR on other pixels, dB", up=True)
+  gallery.compare("image", title, run, "PSNR on other pixels, dB", up=True)

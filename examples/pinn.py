@@ -11,8 +11,8 @@ python examples/pinn.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import optax
@@ -71,8 +71,8 @@ def error(params: Any, x: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.sum(wrong**2) / jnp.sum(solution(x) ** 2))
 
 
-@common.side_by_side
-def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+@gallery.side_by_side
+def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
   """Train one network."""
   key = jax.random.key(seed)
   params = MODEL.init(key, jnp.zeros((1, 2)))["params"]
@@ -94,9 +94,9 @@ def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Score
 
   keys = jax.random.split(key, STEPS).reshape(-1, EVERY)
   (params, _), curve = jax.lax.scan(stretch, (params, tx.init(params)), keys)
-  return common.Scores(error(params, others), curve[-1], curve)
+  return gallery.Scores(error(params, others), curve[-1], curve)
 
 
 if __name__ == "__main__":
   title = f"Poisson's equation, FC 50-50-50, {POINTS} points a step, {STEPS:,} steps"
-  common.compare("pinn", title, run, "relative L2 error", up=False)
+  gallery.compare("pinn", title, run, "relative L2 error", up=False)

@@ -11,8 +11,8 @@ python examples/tabular.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ def standardized(x: np.ndarray) -> np.ndarray:
 
 def make_orders() -> tuple[np.ndarray, np.ndarray]:
   """Return an order of the rows for each seed, and the standardized rows in that order."""
-  rngs = [np.random.default_rng(seed) for seed in (0, *common.SEEDS)]
+  rngs = [np.random.default_rng(seed) for seed in (0, *gallery.SEEDS)]
   orders = np.stack([[rng.permutation(len(X)) for _ in range(PASSES)] for rng in rngs])
   orders = orders.reshape(len(rngs), -1)
   return orders, np.stack([standardized(DATA.data[order]) for order in orders])
@@ -53,11 +53,11 @@ def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
   return optax.sigmoid_binary_cross_entropy(logits[0, 0], y), aux["intermediates"]
 
 
-def make_run(standardize: bool) -> common.Run:
+def make_run(standardize: bool) -> gallery.Run:
   """Return the function that trains on the columns as they are, or standardized."""
 
-  @common.side_by_side
-  def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+  @gallery.side_by_side
+  def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
     params = MODEL.init(jax.random.key(seed), X[:1])["params"]
     tx = method.optimizer(rate)
 
@@ -73,7 +73,7 @@ def make_run(standardize: bool) -> common.Run:
     size = len(X) // PARTS
     parts = losses.reshape(PASSES, -1)[:, : PARTS * size].reshape(-1, size).mean(axis=1)
     last = losses[-len(X) :].mean()
-    return common.Scores(last, last, parts)
+    return gallery.Scores(last, last, parts)
 
   return run
 
@@ -81,4 +81,4 @@ def make_run(standardize: bool) -> common.Run:
 if __name__ == "__main__":
   for name, standardize in (("tabular-raw", False), ("tabular-standardized", True)):
     title = f"Breast cancer, one row at a time, {name.partition('-')[2]} columns, FC 50-50"
-    common.compare(name, title, make_run(standardize), "log loss", up=False)
+    gallery.compare(name, title, make_run(standardize), "log loss", up=False)

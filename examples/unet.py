@@ -10,8 +10,8 @@ python examples/unet.py
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +56,7 @@ def group_norm() -> nn.Module:
   return nn.GroupNorm(2)
 
 
-ADAM, BNP_ADAM = common.ADAM.optimizer, common.BNP_ADAM.optimizer
+ADAM, BNP_ADAM = gallery.ADAM.optimizer, gallery.BNP_ADAM.optimizer
 METHODS = (
   Method("Adam", "#000000", "<", ADAM, None),
   Method("bnp(Adam)", "#D55E00", "h", BNP_ADAM, None),
@@ -83,7 +83,7 @@ def make_volumes(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
   return volumes[..., None].astype(np.float32), bright[..., None].astype(np.float32)
 
 
-def run(method: Method, rates: Sequence[float], seeds: Sequence[int]) -> common.Scores:
+def run(method: Method, rates: Sequence[float], seeds: Sequence[int]) -> gallery.Scores:
   """Train one network for each rate and seed; a loop in Python, as XLA loops slow convolutions."""
   model = UNet(method.norm)
 
@@ -116,9 +116,9 @@ def run(method: Method, rates: Sequence[float], seeds: Sequence[int]) -> common.
   x, y = make_volumes(0, VOLUMES)
   validation, test = make_volumes(1, OTHERS), make_volumes(2, OTHERS)
   scores, curves = zip(*map(train, rates, seeds), strict=True)
-  return common.Scores(np.array(scores), np.array(curves)[:, -1], np.array(curves))
+  return gallery.Scores(np.array(scores), np.array(curves)[:, -1], np.array(curves))
 
 
 if __name__ == "__main__":
   title = f"3-D U-Net, one volume of 12 x 12 x 12 a step, {VOLUMES} steps"
-  common.compare("unet", title, run, "Dice coefficient", methods=METHODS, up=True)
+  gallery.compare("unet", title, run, "Dice coefficient", methods=METHODS, up=True)

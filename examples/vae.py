@@ -9,8 +9,8 @@ python examples/vae.py
 
 from typing import Any
 
-import common
 import flax.linen as nn
+import gallery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,8 +49,8 @@ def loss_fn(params: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
   return losses.mean(), aux["intermediates"]
 
 
-@common.side_by_side
-def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Scores:
+@gallery.side_by_side
+def run(method: gallery.Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
   """Train one autoencoder."""
   key = jax.random.key(seed)
   params = MODEL.init(key, TRAIN[:1], key)["params"]
@@ -70,9 +70,9 @@ def run(method: common.Method, rate: jax.Array, seed: jax.Array) -> common.Score
   keys = jax.random.split(key, EPOCHS)
   (params, _), curve = jax.lax.scan(epoch, (params, tx.init(params)), keys)
   validation = MODEL.apply({"params": params}, VALIDATION, jax.random.key(0)).mean()
-  return common.Scores(validation, curve[-1], curve)
+  return gallery.Scores(validation, curve[-1], curve)
 
 
 if __name__ == "__main__":
   title = f"VAE of the digits, batch size {BATCH}, {EPOCHS} epochs"
-  common.compare("vae", title, run, "negative ELBO, nats", up=False)
+  gallery.compare("vae", title, run, "negative ELBO, nats", up=False)

@@ -126,7 +126,7 @@ def test_transposed(n, use_bias):
   turn = lambda params: {**params, "kernel": params["kernel"].T}
   plain = update(nn.Dense(n, use_bias), turn(params), x)
   chex.assert_trees_all_close(update(model, params, x), turn(plain), rtol=1e-6)
-  tx = bnp_optax.scale_by_bnp()
+  tx = bnp_optax.scale_by_bnp(debias=False)
   # A square kernel has the shape that the convention expects.
   match = "other axes than assumed" if n == 5 else "bias has shape|takes inputs of shape|other axes"
   with pytest.raises(ValueError, match=match):
@@ -204,7 +204,7 @@ def test_low_precision(dtype):
 
 def test_complex_inputs():
   model, x, params = with_params((Named(4), (7, 5)))
-  tx = bnp_optax.scale_by_bnp(layers=bnp_optax.linen.layers(model, x))
+  tx = bnp_optax.scale_by_bnp(layers=bnp_optax.linen.layers(model, x), debias=False)
   with jax.numpy_dtype_promotion("standard"):
     stats = sow(model, params, 1j * x)
   with pytest.raises(ValueError, match="W: BNP is defined for real inputs, found complex64"):
@@ -322,7 +322,9 @@ def test_an_embedding_that_is_also_the_head_is_refused():
   model, x, params = with_params((nn.Sequential([Tied()]), (7, 5)))
   with pytest.raises(ValueError, match="layers_0/w: it is called with two different meanings"):
     bnp_optax.linen.layers(model, x, strict=True)
-  tx = bnp_optax.scale_by_bnp(layers={("layers_0", "w"): bnp_optax.KernelLayout(bias="")})
+  tx = bnp_optax.scale_by_bnp(
+    layers={("layers_0", "w"): bnp_optax.KernelLayout(bias="")}, debias=False
+  )
   with pytest.raises(ValueError, match="No statistics for layers_0/w: it is called with two"):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
 
@@ -572,7 +574,7 @@ bnp_optax.nnx.register(NnxNamed, "...d,fd->...f", kernel="w", bias="b")
 
 
 def nnx_update(model, x):
-  tx = bnp_optax.scale_by_bnp(layers=bnp_optax.nnx.layers(model, x, strict=True))
+  tx = bnp_optax.scale_by_bnp(layers=bnp_optax.nnx.layers(model, x, strict=True), debias=False)
 
   def loss(model):
     with bnp_optax.nnx.sow_statistics():

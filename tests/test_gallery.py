@@ -23,10 +23,10 @@ def test_examples_are_short(path):
 def test_an_example_repeats_its_record(monkeypatch):
   monkeypatch.syspath_prepend(ROOT / "examples")
   federated = importlib.import_module("federated")
-  common = importlib.import_module("common")
+  gallery = importlib.import_module("gallery")
   file = ROOT / "notebooks" / "results" / "gallery-federated" / "results.jsonl"
   records = {record["method"]: record for record in map(json.loads, file.read_text().splitlines())}
   record = records["bnp(Adam)"]
-  scores = federated.run(common.BNP_ADAM, [record["rate"]], record["seeds"][:1])
+  scores = federated.run(gallery.BNP_ADAM, [record["rate"]], record["seeds"][:1])
   # Other versions of XLA round differently, and the test images are 300.
   np.testing.assert_allclose(scores.test, record["test"][:1], atol=0.01)

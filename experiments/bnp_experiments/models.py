@@ -14,6 +14,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+import bnp_optax
 from bnp_optax import normalization
 
 Norm = Callable[[bool], nn.Module]
@@ -49,6 +50,12 @@ def group_norm(
   """
   del train
   return nn.GroupNorm(num_groups, group_size=group_size, epsilon=1e-5)
+
+
+def find_layers(model: nn.Module, inputs: Any, *, train: bool = False) -> bnp_optax.Layers:
+  """Find the layers of a network. Only parameters named in its `without_bnp` may lack BNP."""
+  ignore = getattr(model, "without_bnp", ())
+  return bnp_optax.linen.layers(model, inputs, train=train, strict=True, ignore=ignore)
 
 
 def normalize(hidden: jax.Array, norm: Norm | None, train: bool) -> jax.Array:

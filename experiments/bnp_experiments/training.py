@@ -22,7 +22,7 @@ import optax
 
 from bnp_experiments.augmentation import AUGMENTATIONS
 from bnp_experiments.methods import Method, Rate
-from bnp_experiments.models import MLP
+from bnp_experiments.models import MLP, find_layers
 import bnp_optax
 
 Tree = Any
@@ -152,7 +152,7 @@ def _init_variables(model: nn.Module, seed: jax.Array, images: jax.Array) -> dic
 
 
 def _optimizer(setup: Setup, rate: jax.Array, images: Any) -> optax.GradientTransformationExtraArgs:
-  layers = bnp_optax.linen.layers(setup.model, as_inputs(images), train=False, strict=True)
+  layers = find_layers(setup.model, as_inputs(images))
   return setup.method.make_optimizer(setup.rate(rate), layers)
 
 

@@ -35,6 +35,7 @@ class ViT(nn.Module):
   classes: int = 10
   norm: Norm | None = None
   convolve: Callable[..., jax.Array] | None = None
+  without_bnp = ("positions",)
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -74,6 +75,7 @@ class LanguageModel(nn.Module):
   heads: int = 4
   classes: int = 128
   norm: Norm | None = None
+  without_bnp = ("positions",)
 
   @nn.compact
   def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:

@@ -43,7 +43,7 @@ def example(name):
   return module
 
 
-EXAMPLES = [example(name).METHODS for name in ("common", "online_learning", "unet")]
+EXAMPLES = [example(name).METHODS for name in ("gallery", "online_learning", "unet")]
 PANELS = {
   tuple(dict.fromkeys((method.label, method.colour, method.marker) for method in panel))
   for experiment in EXPERIMENTS.values()

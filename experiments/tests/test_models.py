@@ -93,7 +93,7 @@ SMALL = {
 def test_every_kernel_is_covered(name, norm):
   model, shape = SMALL[name]
   model = model.clone(norm=NORMS[norm])
-  layers = bnp_optax.linen.layers(model, images(shape), train=True, strict=True)
+  layers = models.find_layers(model, images(shape), train=True)
   kernels = {
     tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
     for path, _ in jax.tree.leaves_with_path(parameters(model, shape))
@@ -107,7 +107,7 @@ def test_every_kernel_is_covered(name, norm):
 def test_trains_with_bnp(name):
   """Trace one step, in which the statistics of every layer must reach the optimizer."""
   model, shape = SMALL[name]
-  layers = bnp_optax.linen.layers(model, images(shape), train=True, strict=True)
+  layers = models.find_layers(model, images(shape), train=True)
   tx = bnp_optax.scale_by_bnp(layers=layers)
 
   def step(params, inputs):

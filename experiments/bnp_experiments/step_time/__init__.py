@@ -22,6 +22,7 @@ import optax
 from rich.console import Console
 
 from bnp_experiments.methods import SGD, Method
+from bnp_experiments.models import find_layers
 from bnp_experiments.results import Record, Results, open_results, read_results, writing_to
 from bnp_experiments.step_time import report
 from bnp_experiments.step_time.cells import CLASSES, Cell, cells
@@ -99,7 +100,7 @@ class Step:
     labels = jnp.arange(cell.batch_size, dtype=jnp.int32) % CLASSES
     variables = _variables(model, images, rng)
     params = variables.pop("params")
-    layers = bnp_optax.linen.layers(model, images, train=False, strict=True)
+    layers = find_layers(model, images)
     optimizer = method.make_optimizer(jnp.asarray(_RATE, jnp.float32), layers)
     # Without BNP, a user would not trace the statistics.
     sowing = bnp_optax.linen.sow_statistics if method.bnp else contextlib.nullcontext
