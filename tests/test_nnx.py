@@ -627,7 +627,9 @@ class Nested(nnx.Module):
 def test_layers_with_a_context_inside_and_a_mapped_axis():
   model, tokens = build(Nested), jax.ShapeDtypeStruct((2, 5), jnp.int32)
   layers = functools.partial(bnp_optax.nnx.layers, model, tokens, axis_name="batch")
-  with pytest.raises(ValueError, match=r"parameters:\n  matrix: no supported.*\nName in ignore="):
+  with pytest.raises(
+    ValueError, match=r"parameters:\n  matrix: no linear layer.*\nName in ignore="
+  ):
     layers(strict=True)
   table = layers(strict=True, ignore=["matrix"])
   assert {path: layout.exact_windows for path, layout in table.items()} == {

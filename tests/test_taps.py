@@ -493,7 +493,7 @@ def test_numbers_out_of_range(examples, example_axes):
 
 
 def test_no_axis_of_examples():
-  model = bnp_optax.linen.Tapped(nn.Dense(3), examples=4)
+  model = bnp_optax.linen.Tapped(nn.Dense(3, **DTYPE), examples=4)
   params = model.init(jax.random.key(0), jnp.ones(4))
   problems.raises("no argument has 1 leading axes", model.apply, params, jnp.ones(()))
 
@@ -513,7 +513,9 @@ def test_keys_are_not_examples():
 
 def test_kernels_with_other_axes_need_layers():
   # The shapes of this kernel and of its statistics fit a Dense.
-  model = bnp_optax.linen.Tapped(nn.Einsum((4, 4), "bd,fd->bf", use_bias=False), examples=6)
+  model = bnp_optax.linen.Tapped(
+    nn.Einsum((4, 4), "bd,fd->bf", use_bias=False, **DTYPE), examples=6
+  )
   x = jnp.ones((6, 4))
   params = model.init(jax.random.key(0), x)["params"]
   grads = jax.grad(lambda p: loss(model.apply({"params": p}, x)))(params)
@@ -525,7 +527,7 @@ def test_kernels_with_other_axes_need_layers():
 
 def test_taps_below_float32():
   model = bnp_optax.linen.Tapped(nn.Dense(3), examples=6)
-  params = model.init(jax.random.key(0), jnp.ones((6, 4)))
+  params = model.init(jax.random.key(0), jnp.ones((6, 4), jnp.float32))
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   problems.raises("its tap is bfloat16", model.apply, half, jnp.ones((6, 4), jnp.bfloat16))
 
@@ -552,7 +554,7 @@ def test_nnx_stacks_along_another_axis_than_the_first():
   class Net(nnx.Module):
     def __init__(self, rngs):
       self.axes = nnx.StateAxes({nnx.Param: 1, ...: None})
-      make = nnx.vmap(lambda rngs: nnx.Linear(4, 3, rngs=rngs), out_axes=self.axes)
+      make = nnx.vmap(lambda rngs: nnx.Linear(4, 3, rngs=rngs, **DTYPE), out_axes=self.axes)
       self.layers = make(rngs.split(2))
 
     def __call__(self, x):
