@@ -99,6 +99,8 @@ def convolve_by_product(
   """
   assert padding == "VALID"
   assert options.get("feature_group_count", 1) == 1
+  dilations = (options.get(f"{side}_dilation") or () for side in ("lhs", "rhs"))
+  assert all(dilation == 1 for sizes in dilations for dilation in sizes)
   window = kernel.shape[:2]
   height, width = (
     (size - k) // stride + 1
