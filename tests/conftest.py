@@ -32,9 +32,12 @@ def strict_promotion():
     yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def standard_promotion():
-  """Allow promotion for Optax's own optimizers: Adam's bias correction promotes int32 to float."""
+  """Allow promotion for Optax's own optimizers: Adam's bias correction promotes int32 to float.
+
+  The fixture ends with the test. Otherwise, the tests after it would pass or fail by their order.
+  """
   with jax.numpy_dtype_promotion("standard"):
     yield
 

@@ -40,8 +40,9 @@ def second_updates(x64):
   params, batch = problems.make(MODEL, (8, 8), "float64")
   grads, calls = reference.gradients(MODEL, params, batch)
   tx = reference.bnp(optax.adam(1e-2))
-  _, state = tx.update(grads, tx.init(params), params, calls=calls)
-  return tx.update(grads, state, params, calls=calls)[0]
+  with jax.numpy_dtype_promotion("standard"):
+    _, state = tx.update(grads, tx.init(params), params, calls=calls)
+    return tx.update(grads, state, params, calls=calls)[0]
 
 
 @pytest.fixture

@@ -358,6 +358,7 @@ def test_gradients_of_parts_have_the_statistics_of_the_whole(name, whole):
   assert_close(bnp_optax.linen.remove_taps(actual), grads, rtol)
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_multi_steps(whole):
   params, x, grads, stats = whole
   plain = bnp_optax.linen.remove_taps(params)
