@@ -79,9 +79,14 @@ def make_preconditioner(
   positions: jax.Array,
   eps_1: jax.Array,
   eps_2: jax.Array,
+  largest: jax.Array | None = None,
 ) -> Preconditioner:
-  """Take step 3: compute sigma-tilde and q from the running statistics and the batch size."""
-  largest = jnp.max(sigma2, axis=(1, 2), keepdims=True)
+  """Take step 3: compute sigma-tilde and q from the running statistics and the batch size.
+
+  ``largest`` is the maximum of ``sigma2`` over the features, where it has been computed already.
+  """
+  if largest is None:
+    largest = jnp.max(sigma2, axis=(1, 2), keepdims=True)
   q2 = jnp.maximum(window * mu.shape[-1] / examples, jnp.sqrt(positions))
   return Preconditioner(mu, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), jnp.sqrt(q2))
 

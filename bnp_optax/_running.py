@@ -48,8 +48,9 @@ class ScaleByBnpState(NamedTuple):
       their metadata, if any), with an array ``[*stack, features]`` at each kernel, float32 (float64
       where the kernel is float64), and `optax.MaskedNode` at every other leaf.
     input_variance: Running variance of each layer's inputs, in the form of ``input_mean``.
-    input_weight: With ``debias``, the sum of the weights of each layer's batches, ``[*stack,
-      1]``; `optax.MaskedNode` everywhere without.
+    input_weight: With ``debias``, the sum of the weights of each layer's batches, in the form of
+      ``input_mean``, with the same number for all features, so that the three fields are updated
+      together; `optax.MaskedNode` everywhere without.
     nonfinite_count: Number of times that a layer's statistics were left out because they were not
       finite or had no rows, summed over layers and updates: an int32 scalar. It stays 0 in a
       healthy run.
@@ -149,7 +150,7 @@ class RunningStatistics:
       mean[layer.kernel] = jnp.zeros(shape, dtype)
       variance[layer.kernel] = jnp.ones(shape, dtype)
       if self.debias:
-        weight[layer.kernel] = jnp.zeros((*shape[:-1], 1), dtype)
+        weight[layer.kernel] = jnp.zeros(shape, dtype)
     return ScaleByBnpState(
       count=jnp.zeros([], jnp.int32),
       input_mean=treedef.unflatten(mean),
@@ -169,8 +170,7 @@ class RunningStatistics:
     shapes = {x: x.layout.statistics_shape(leaves[x.kernel].shape) for x in layers}
     mean = match_state("input_mean", state.input_mean, updates, shapes)
     variance = match_state("input_variance", state.input_variance, updates, shapes)
-    weight_shapes = {x: (*shape[:-1], 1) for x, shape in shapes.items() if self.debias}
-    weight = match_state("input_weight", state.input_weight, updates, weight_shapes)
+    weight = match_state("input_weight", state.input_weight, updates, shapes if self.debias else {})
     fields = (mean, variance, weight) if self.debias else (mean, variance)
     if stats is None:
       stats = read_taps(updates, has_layers=self.layers is not None)
@@ -183,12 +183,17 @@ class RunningStatistics:
       batch = jax.tree.map(lambda x, dtype=mean[i].dtype: replicated(x).astype(dtype), batch)
       old = [field[i] for field in fields]
       new = self._advance(layer, *old, batch=batch)
-      finite = jnp.all(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), axis=-1, keepdims=True)
+      # The check and step 3 share one reduction, the largest variance.
+      checked = jnp.where(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), new[1], jnp.inf)
+      finite = jnp.max(checked, axis=-1, keepdims=True) < jnp.inf
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
       for field, x, y in zip(fields, new, old, strict=True):
         field[i] = jnp.where(finite, x, y)
+      shape = leaves[i].shape
+      largest = [_largest(layer.layout, shape, sigma2) for sigma2 in (checked, old[1])]
+      largest = jnp.where(layer.layout.scalars_to_canonical(finite), *largest)
       preconditioners.append(
-        self._make_preconditioner(layer, leaves[i].shape, mean[i], variance[i], batch)
+        self._make_preconditioner(layer, shape, mean[i], variance[i], largest, batch)
       )
     new_state = ScaleByBnpState(
       count=optax.safe_increment(state.count),
@@ -227,6 +232,7 @@ class RunningStatistics:
     shape: tuple[int, ...],
     mu: jax.Array,
     sigma2: jax.Array,
+    largest: jax.Array,
     batch: LayerStatistics,
   ) -> Preconditioner:
     """Take step 3 for one layer whose kernel has a shape."""
@@ -241,6 +247,7 @@ class RunningStatistics:
       layout.scalars_to_canonical(rows / examples),
       jnp.asarray(self.eps_relative, mu.dtype),
       jnp.asarray(self.eps_absolute, mu.dtype),
+      largest,
     )
     # Without a bias nothing is centred, so that no mean can lag.
     if self.lag_guard is None or layer.bias is None:
@@ -252,6 +259,11 @@ class RunningStatistics:
       layout.scalars_to_canonical(rows),
       jnp.asarray(self.lag_guard, mu.dtype),
     )
+
+
+def _largest(layout: KernelLayout, shape: tuple[int, ...], sigma2: jax.Array) -> jax.Array:
+  """Return the largest variance of each linear map, ``[stack, 1, 1]``."""
+  return jnp.max(layout.statistics_to_canonical(sigma2, shape), axis=(1, 2), keepdims=True)
 
 
 def _check_range(name: str, value: ArrayLike, top: float) -> None:

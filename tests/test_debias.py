@@ -198,8 +198,8 @@ def test_a_layer_that_is_added_later_starts_without_bias(problem):
   _, state = update(tx, params, grads, stats, grafted)
   statistics = stats["second"]["layer_statistics"]
   np.testing.assert_array_equal(state.input_mean["second"]["kernel"], statistics.mean)
-  np.testing.assert_allclose(state.input_weight["first"]["kernel"], [1.99], rtol=1e-6)
-  np.testing.assert_array_equal(state.input_weight["second"]["kernel"], [1.0])
+  np.testing.assert_allclose(state.input_weight["first"]["kernel"], 1.99, rtol=1e-6)
+  np.testing.assert_array_equal(state.input_weight["second"]["kernel"], 1.0)
 
 
 def test_without_debias_the_state_has_no_weights(problem):
