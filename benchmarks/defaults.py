@@ -313,7 +313,11 @@ def _measure_in_worker(
 def run(
   records: pathlib.Path, path: pathlib.Path, workers: int, budget: float, only: list[str]
 ) -> None:
-  """Run the cells that have no record yet, and append their records."""
+  """Run the cells that have no record yet, and append their records.
+
+  Raises:
+    SystemExit: If cells failed, after the others have run.
+  """
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   done = {(*_names(r), r["setting"]) for r in read(records)}
   left = [
@@ -327,9 +331,11 @@ def run(
   start = time.time()
   measure_cell = functools.partial(_measure_in_worker, path, start + budget)
   context = multiprocessing.get_context("spawn")
+  failures = 0
   with context.Pool(workers) as pool, records.open("a") as file:
     for number, (cell, found) in enumerate(pool.imap_unordered(measure_cell, left), start=1):
       failed = [record["failed"] for record in found if "failed" in record]
+      failures += len(failed)
       for record in found if not failed else []:
         file.write(json.dumps(record) + "\n")
       file.flush()
@@ -340,6 +346,8 @@ def run(
         f"{times}{note}",
         flush=True,
       )
+  if failures:
+    raise SystemExit(f"{failures} cells failed; the same command runs them again")
 
 
 def _key(cell: Cell) -> tuple[str, int, str]:
