@@ -141,7 +141,8 @@ def model_and_parameters(path: pathlib.Path, network: str) -> tuple[Any, Any]:
   import flax.linen as nn
   import jax
 
-  convolve = None if jax.default_backend() == "cpu" else models.convolve_by_product
+  # Other convolutions are slow under vmap over kernels, and on a CPU in a loop.
+  convolve = models.convolve_by_product
   norm = None if network.endswith("plain") else lambda train: nn.LayerNorm()
   model = {
     "fc": models.MLP(),
