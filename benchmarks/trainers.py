@@ -1,16 +1,24 @@
-"""BNP in trainers that own the training step: sbx and numpyro.
+"""BNP in trainers that own the training step.
 
-The trainers are not edited. They get a `Tapped` model, and BNP as the optimizer.
+The trainers are not edited. They get a `Tapped` model, and BNP as the optimizer. A trainer has one
+learning rate for both optimizers, in `TRAINERS`, written down before the runs.
 
   pip install sbx-rl numpyro
-  python benchmarks/trainers.py dqn ppo sac svi --seeds 5
+  python benchmarks/trainers.py run svi dqn ppo sac --seeds 5
+  python benchmarks/trainers.py report
+
+`run` appends one record per seed to benchmarks/records/trainers.jsonl and leaves out what has one.
+Quoted by: docs/howto/trainers.md, "What it brought".
 """
 
 import argparse
 from collections.abc import Callable
+import importlib.metadata
+import json
+import pathlib
 import statistics
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import flax.linen as nn
@@ -20,10 +28,19 @@ import optax
 
 import bnp_optax
 
-OPTIMIZERS = {
-  "adam": lambda learning_rate: optax.adam(learning_rate),
-  "bnp(adam)": lambda learning_rate: bnp_optax.bnp(optax.adam(learning_rate), debias=True),
-}
+RECORDS = pathlib.Path(__file__).parent / "records" / "trainers.jsonl"
+
+
+def adam(learning_rate: float) -> optax.GradientTransformation:
+  """Return Adam, with the signature of `bnp_adam`."""
+  return optax.adam(learning_rate)
+
+
+def bnp_adam(learning_rate: float) -> optax.GradientTransformationExtraArgs:
+  """Return Adam in BNP's coordinates."""
+  return bnp_optax.bnp(optax.adam(learning_rate))
+
+
 # SAC has two critics, whose kernels are stacked.
 DENSE = bnp_optax.KernelLayout()
 SAC_LAYERS = {("params", f"Dense_{i}", "kernel"): DENSE for i in range(4)} | {
@@ -45,34 +62,36 @@ def train(model: Any, steps: int) -> float:
   return evaluate_policy(model.learn(steps), model.get_env(), 10)[0]
 
 
-def ppo(optimizer: str, seed: int) -> float:
+def ppo(learning_rate: float, bnp: bool, seed: int) -> float:
   """Return the mean return of PPO on CartPole after 10,240 steps."""
   import sbx
   from sbx.ppo.policies import Actor, Critic
 
-  policy = {"optimizer_class": OPTIMIZERS[optimizer]}
-  if optimizer != "adam":
+  policy = {"optimizer_class": bnp_adam if bnp else adam}
+  if bnp:
     policy |= {"actor_class": tapped(Actor, 64), "critic_class": tapped(Critic, 64)}
-  return train(sbx.PPO("MlpPolicy", "CartPole-v1", 3e-4, policy_kwargs=policy, seed=seed), 10_240)
+  return train(
+    sbx.PPO("MlpPolicy", "CartPole-v1", learning_rate, policy_kwargs=policy, seed=seed), 10_240
+  )
 
 
-def dqn(optimizer: str, seed: int) -> float:
+def dqn(learning_rate: float, bnp: bool, seed: int) -> float:
   """Return the mean return of DQN on CartPole after 10,000 steps."""
   import sbx
   from sbx.dqn import policies
 
   network = policies.QNetwork
-  if optimizer != "adam":
+  if bnp:
     policies.QNetwork = tapped(network, 64)
   try:
     model = sbx.DQN(
-      *("MlpPolicy", "CartPole-v1", 1e-3),
+      *("MlpPolicy", "CartPole-v1", learning_rate),
       batch_size=64,
       learning_starts=1000,
       target_update_interval=200,
       exploration_fraction=0.2,
       exploration_final_eps=0.04,
-      policy_kwargs={"optimizer_class": OPTIMIZERS[optimizer], "net_arch": [64]},
+      policy_kwargs={"optimizer_class": bnp_adam if bnp else adam, "net_arch": [64]},
       seed=seed,
     )
   finally:
@@ -80,19 +99,19 @@ def dqn(optimizer: str, seed: int) -> float:
   return train(model, 10_000)
 
 
-def sac(optimizer: str, seed: int) -> float:
+def sac(learning_rate: float, bnp: bool, seed: int) -> float:
   """Return the mean return of SAC on Pendulum after 3,000 steps."""
   import sbx
   from sbx.sac.policies import SquashedGaussianActor, VectorCritic
 
-  policy = {"optimizer_class": OPTIMIZERS[optimizer], "net_arch": [64, 64]}
-  if optimizer != "adam":
+  policy = {"optimizer_class": bnp_adam if bnp else adam, "net_arch": [64, 64]}
+  if bnp:
     policy["optimizer_class"] = lambda learning_rate: bnp_optax.bnp(
-      optax.adam(learning_rate), debias=True, layers=SAC_LAYERS
+      optax.adam(learning_rate), layers=SAC_LAYERS
     )
     policy["actor_class"] = tapped(SquashedGaussianActor, 256)
     policy["vector_critic_class"] = tapped(VectorCritic, 256)
-  model = sbx.SAC("MlpPolicy", "Pendulum-v1", 1e-3, policy_kwargs=policy, seed=seed)
+  model = sbx.SAC("MlpPolicy", "Pendulum-v1", learning_rate, policy_kwargs=policy, seed=seed)
   return train(model, 3_000)
 
 
@@ -107,12 +126,12 @@ class Net(nn.Module):
     return nn.Dense(1)(x)[:, 0]
 
 
-def svi(optimizer: str, seed: int) -> float:
+def svi(learning_rate: float, bnp: bool, seed: int) -> float:
   """Return the negative ELBO of a regression after 1,000 steps of SVI, per example."""
   import numpyro
   from numpyro.contrib.module import flax_module
 
-  network = Net() if optimizer == "adam" else tapped(Net, 256)()
+  network = tapped(Net, 256)() if bnp else Net()
   x = 3 + jax.random.normal(jax.random.key(0), (256, 4))
   y = jnp.sin(3 * x[:, 0]) * x[:, 1] + x[:, 2]
 
@@ -122,29 +141,97 @@ def svi(optimizer: str, seed: int) -> float:
     numpyro.sample("y", numpyro.distributions.Normal(net(x), noise), obs=y)
 
   guide = numpyro.infer.autoguide.AutoNormal(model)
-  adam = numpyro.optim.optax_to_numpyro(OPTIMIZERS[optimizer](3e-3))
-  inference = numpyro.infer.SVI(model, guide, adam, numpyro.infer.Trace_ELBO())
+  tx = numpyro.optim.optax_to_numpyro((bnp_adam if bnp else adam)(learning_rate))
+  inference = numpyro.infer.SVI(model, guide, tx, numpyro.infer.Trace_ELBO())
   losses = inference.run(jax.random.key(seed), 1_000, x, y, progress_bar=False).losses
   return float(jnp.mean(losses[-100:])) / len(x)
 
 
-def main() -> None:
-  """Print the result of each trainer with each optimizer, and the mean over seeds."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("trainers", nargs="+", choices=["dqn", "ppo", "sac", "svi"])
-  parser.add_argument("--seeds", type=int, default=5)
-  args = parser.parse_args()
+class Trainer(NamedTuple):
+  """A trainer and its problem.
+
+  Attributes:
+    train: Returns the result of a run, given the learning rate, whether to use BNP, and the seed.
+    learning_rate: The learning rate of both optimizers.
+    problem: What is trained, and for how long.
+    result: What the result is, and whether more is better.
+    optimizer: The name of the optimizer.
+    packages: The distributions that the trainer comes from.
+  """
+
+  train: Callable[[float, bool, int], float]
+  learning_rate: float
+  problem: str
+  result: str
+  optimizer: str
+  packages: tuple[str, ...]
+
+
+SBX = ("sbx-rl", "gymnasium")
+RETURN = "return, more is better"
+TRAINERS = {
+  "svi": Trainer(
+    *(svi, 3e-3, "numpyro SVI, regression, 1,000 steps"),
+    *("negative ELBO per example, less is better", "Adam", ("numpyro",)),
+  ),
+  "dqn": Trainer(dqn, 1e-3, "sbx DQN, CartPole, 10,000 steps", RETURN, "Adam", SBX),
+  "ppo": Trainer(ppo, 3e-4, "sbx PPO, CartPole, 10,240 steps", RETURN, "Adam", SBX),
+  "sac": Trainer(sac, 1e-3, "sbx SAC, Pendulum, 3,000 steps", RETURN, "Adam", SBX),
+}
+
+
+def read() -> list[dict[str, Any]]:
+  """Read the records; none if there is no file."""
+  return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+
+
+def run(names: list[str], seeds: int) -> None:
+  """Train what has no record yet, and append the records."""
   warnings.simplefilter("ignore")
   # Every run traces its step again; the programs of all seeds are the same.
   jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  for name in args.trainers:
-    for optimizer in OPTIMIZERS:
-      results = []
-      for seed in range(args.seeds):
-        results.append(float(globals()[name](optimizer, seed)))
-      shown = " ".join(f"{x:.4g}" for x in results)
-      print(f"{name:4} {optimizer:10} mean {statistics.mean(results):.4g}: {shown}", flush=True)
+  for name in names:
+    train, learning_rate, *_, packages = TRAINERS[name]
+    versions = {x: importlib.metadata.version(x) for x in ("jax", "flax", "optax", *packages)}
+    for seed in range(seeds):
+      for bnp in (False, True):
+        key = {"trainer": name, "learning_rate": learning_rate, "bnp": bnp, "seed": seed}
+        if any(key.items() <= record.items() for record in read()):
+          continue
+        record = {**key, "result": float(train(learning_rate, bnp, seed)), "versions": versions}
+        with RECORDS.open("a") as file:
+          file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+
+
+def report() -> None:
+  """Print the table of the page: the mean over the seeds, and each of them."""
+  records = read()
+  print("| trainer | result | optimizer | rate | alone | with BNP |\n|" + " --- |" * 6)
+  for name, trainer in TRAINERS.items():
+    cells = [trainer.problem, trainer.result, trainer.optimizer, f"{trainer.learning_rate:g}"]
+    for bnp in (False, True):
+      key = {"trainer": name, "learning_rate": trainer.learning_rate, "bnp": bnp}
+      found = sorted((r["seed"], r["result"]) for r in records if key.items() <= r.items())
+      results = [result for _, result in found]
+      digits = 2 if abs(statistics.mean(results)) < 10 else 0
+      each = ", ".join(f"{x:.{digits}f}" for x in results)
+      cells.append(f"{statistics.mean(results):.{digits}f} ({each})")
+    print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+  """Read the command line."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("command", choices=("run", "report"))
+  parser.add_argument("trainers", nargs="*", help=f"of {', '.join(TRAINERS)}")
+  parser.add_argument("--seeds", type=int, default=5)
+  options = parser.parse_args()
+  if options.command == "run":
+    run(options.trainers, options.seeds)
+  else:
+    report()
 
 
 if __name__ == "__main__":
