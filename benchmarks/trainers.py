@@ -3,25 +3,34 @@
 The trainers are not edited. They get a `Tapped` model, and BNP as the optimizer. A trainer has one
 learning rate for both optimizers, in `TRAINERS`, written down before the runs.
 
-  pip install sbx-rl numpyro
-  python benchmarks/trainers.py run svi dqn ppo sac --seeds 5
+  pip install sbx-rl numpyro transformers==4.52.4 datasets ml_collections
+  git clone --depth 1 --branch v4.52.4 https://github.com/huggingface/transformers
+  git clone --depth 1 --branch v0.8.3 https://github.com/google/flax
+  python benchmarks/trainers.py run svi dqn ppo sac gpt2 mnist --seeds 5
   python benchmarks/trainers.py report
 
 `run` appends one record per seed to benchmarks/records/trainers.jsonl and leaves out what has one.
+Only gpt2 and mnist need the clones and `bnp_experiments`.
 Quoted by: docs/howto/trainers.md, "What it brought".
 """
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
+import runpy
 import statistics
+import sys
 import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 import warnings
 
 import flax.linen as nn
+from flax.training import train_state
 import jax
 import jax.numpy as jnp
 import optax
@@ -147,6 +156,93 @@ def svi(learning_rate: float, bnp: bool, seed: int) -> float:
   return float(jnp.mean(losses[-100:])) / len(x)
 
 
+def gpt2(learning_rate: float, bnp: bool, seed: int) -> float:
+  """Return the loss on held-out text of a small FlaxGPT2 after an epoch of run_clm_flax.py."""
+  os.environ["HF_HUB_OFFLINE"] = "1"
+  from bnp_experiments import data
+  import transformers
+  from transformers.models.gpt2 import modeling_flax_gpt2, tokenization_gpt2
+
+  class TappedGPT2(modeling_flax_gpt2.FlaxGPT2LMHeadModel):
+    def module_class(self, **kwargs: Any) -> Any:
+      module = modeling_flax_gpt2.FlaxGPT2LMHeadModule(**kwargs)
+      return bnp_optax.linen.Tapped(module, examples=16 * 64, example_axes=2)
+
+  def make_model(config: Any, *, seed: int, dtype: Any, **_: Any) -> Any:
+    return TappedGPT2(config, seed=seed, dtype=dtype)
+
+  adamw = optax.adamw
+
+  def bnp_adamw(*args: Any, **kwargs: Any) -> Any:
+    module = modeling_flax_gpt2.FlaxGPT2LMHeadModule(config)
+    layers = bnp_optax.linen.layers(module, *[jnp.ones((1, 2), int)] * 3)
+    return bnp_optax.bnp(adamw(*args, **kwargs), layers=layers)
+
+  folder = pathlib.Path(tempfile.mkdtemp())
+  text = data.load("pydoc")
+  for name, characters in (("train", text.x_train), ("validation", text.x_test)):
+    (folder / f"{name}.txt").write_bytes(characters.tobytes())
+  # A token is a byte.
+  tokens = [*tokenization_gpt2.bytes_to_unicode().values(), "<|endoftext|>"]
+  (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+  (folder / "merges.txt").write_text("#version: 0.2\n")
+  tokenizer = transformers.GPT2TokenizerFast(
+    str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=64
+  )
+  tokenizer.save_pretrained(folder)
+  config = transformers.GPT2Config(len(tokens), n_positions=64, n_embd=64, n_layer=2, n_head=4)
+  config.save_pretrained(folder)
+
+  argv = (
+    f"run_clm_flax.py --train_file={folder}/train.txt --validation_file={folder}/validation.txt "
+    f"--config_name={folder} --tokenizer_name={folder} --cache_dir={folder}"
+    f" --output_dir={folder}/out --do_train --do_eval --block_size=64 --num_train_epochs=1 "
+    f"--per_device_train_batch_size=16 --learning_rate={learning_rate} --seed={seed} "
+    "--eval_steps=10000 --save_steps=10000"
+  ).split()
+  (folder / "out").mkdir()
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(mock.patch.object(sys, "argv", argv))
+    if bnp:
+      bnp_optax.linen.register(modeling_flax_gpt2.FlaxConv1D, "...d,fd->...f")
+      auto = transformers.FlaxAutoModelForCausalLM
+      stack.enter_context(mock.patch.object(auto, "from_config", make_model))
+      stack.enter_context(mock.patch.object(optax, "adamw", bnp_adamw))
+    runpy.run_path("transformers/examples/flax/language-modeling/run_clm_flax.py", None, "__main__")
+  return json.loads((folder / "out" / "eval_results.json").read_text())["eval_loss"]
+
+
+def mnist(learning_rate: float, bnp: bool, seed: int) -> float:
+  """Return the test accuracy in % of Flax's MNIST example after an epoch."""
+  from bnp_experiments import data
+  import ml_collections
+
+  tensorboard = mock.MagicMock()
+  absent = {"tensorflow_datasets": mock.MagicMock(), "flax.metrics.tensorboard": tensorboard}
+  with mock.patch.dict(sys.modules, absent):
+    example = runpy.run_path("flax/examples/mnist/train.py")
+
+  def get_datasets() -> list[dict[str, Any]]:
+    images = data.load("mnist")
+    pairs = (images.x_train, images.y_train), (images.x_test, images.y_test)
+    return [{"image": jnp.float32(x)[..., None] / 255, "label": jnp.int32(y)} for x, y in pairs]
+
+  def create_train_state(rng: jax.Array, config: Any) -> train_state.TrainState:
+    model = tapped(example["CNN"], config.batch_size)() if bnp else example["CNN"]()
+    params = model.init(jax.random.fold_in(rng, seed), jnp.ones([1, 28, 28, 1]))["params"]
+    tx = optax.sgd(config.learning_rate, config.momentum)
+    tx = bnp_optax.bnp(tx) if bnp else tx
+    return train_state.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+
+  train_and_evaluate = example["train_and_evaluate"]
+  replaced = {"get_datasets": get_datasets, "create_train_state": create_train_state}
+  train_and_evaluate.__globals__.update(replaced)
+  config = {"learning_rate": learning_rate, "momentum": 0.9, "batch_size": 128, "num_epochs": 1}
+  train_and_evaluate(ml_collections.ConfigDict(config), "")
+  scalars = tensorboard.SummaryWriter.return_value.scalar.call_args_list
+  return 100 * float({call.args[0]: call.args[1] for call in scalars}["test_accuracy"])
+
+
 class Trainer(NamedTuple):
   """A trainer and its problem.
 
@@ -177,6 +273,14 @@ TRAINERS = {
   "dqn": Trainer(dqn, 1e-3, "sbx DQN, CartPole, 10,000 steps", RETURN, "Adam", SBX),
   "ppo": Trainer(ppo, 3e-4, "sbx PPO, CartPole, 10,240 steps", RETURN, "Adam", SBX),
   "sac": Trainer(sac, 1e-3, "sbx SAC, Pendulum, 3,000 steps", RETURN, "Adam", SBX),
+  "gpt2": Trainer(
+    *(gpt2, 1e-3, "run_clm_flax.py, FlaxGPT2 of 2 layers, 1 epoch of 16 x 64 characters"),
+    *("loss on held-out text, less is better", "AdamW", ("transformers", "datasets")),
+  ),
+  "mnist": Trainer(
+    *(mnist, 0.1, "Flax's MNIST example, CNN, 1 epoch at its rate"),
+    *("test accuracy in %, more is better", "momentum", ()),
+  ),
 }
 
 
