@@ -252,6 +252,7 @@ class Trainer(NamedTuple):
     problem: What is trained, and for how long.
     result: What the result is, and whether more is better.
     optimizer: The name of the optimizer.
+    digits: Number of decimals of the result to show.
     packages: The distributions that the trainer comes from.
   """
 
@@ -260,6 +261,7 @@ class Trainer(NamedTuple):
   problem: str
   result: str
   optimizer: str
+  digits: int
   packages: tuple[str, ...]
 
 
@@ -268,18 +270,18 @@ RETURN = "return, more is better"
 TRAINERS = {
   "svi": Trainer(
     *(svi, 3e-3, "numpyro SVI, regression, 1,000 steps"),
-    *("negative ELBO per example, less is better", "Adam", ("numpyro",)),
+    *("negative ELBO per example, less is better", "Adam", 2, ("numpyro",)),
   ),
-  "dqn": Trainer(dqn, 1e-3, "sbx DQN, CartPole, 10,000 steps", RETURN, "Adam", SBX),
-  "ppo": Trainer(ppo, 3e-4, "sbx PPO, CartPole, 10,240 steps", RETURN, "Adam", SBX),
-  "sac": Trainer(sac, 1e-3, "sbx SAC, Pendulum, 3,000 steps", RETURN, "Adam", SBX),
+  "dqn": Trainer(dqn, 1e-3, "sbx DQN, CartPole, 10,000 steps", RETURN, "Adam", 0, SBX),
+  "ppo": Trainer(ppo, 3e-4, "sbx PPO, CartPole, 10,240 steps", RETURN, "Adam", 0, SBX),
+  "sac": Trainer(sac, 1e-3, "sbx SAC, Pendulum, 3,000 steps", RETURN, "Adam", 0, SBX),
   "gpt2": Trainer(
     *(gpt2, 1e-3, "run_clm_flax.py, FlaxGPT2 of 2 layers, 1 epoch of 16 x 64 characters"),
-    *("loss on held-out text, less is better", "AdamW", ("transformers", "datasets")),
+    *("loss on held-out text, less is better", "AdamW", 3, ("transformers", "datasets")),
   ),
   "mnist": Trainer(
     *(mnist, 0.1, "Flax's MNIST example, CNN, 1 epoch at its rate"),
-    *("test accuracy in %, more is better", "momentum", ()),
+    *("test accuracy in %, more is better", "momentum", 2, ()),
   ),
 }
 
@@ -319,9 +321,8 @@ def report() -> None:
       key = {"trainer": name, "learning_rate": trainer.learning_rate, "bnp": bnp}
       found = sorted((r["seed"], r["result"]) for r in records if key.items() <= r.items())
       results = [result for _, result in found]
-      digits = 2 if abs(statistics.mean(results)) < 10 else 0
-      each = ", ".join(f"{x:.{digits}f}" for x in results)
-      cells.append(f"{statistics.mean(results):.{digits}f} ({each})")
+      mean, *each = (f"{x:.{trainer.digits}f}" for x in (statistics.mean(results), *results))
+      cells.append(f"{mean} ({', '.join(each)})")
     print(f"| {' | '.join(cells)} |")
 
 
