@@ -286,12 +286,12 @@ TRAINERS = {
 }
 
 
-def read() -> list[dict[str, Any]]:
+def read(records: pathlib.Path) -> list[dict[str, Any]]:
   """Read the records; none if there is no file."""
-  return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+  return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
 
 
-def run(names: list[str], seeds: int) -> None:
+def run(records: pathlib.Path, names: list[str], seeds: int) -> None:
   """Train what has no record yet, and append the records."""
   warnings.simplefilter("ignore")
   # Every run traces its step again; the programs of all seeds are the same.
@@ -303,25 +303,25 @@ def run(names: list[str], seeds: int) -> None:
     for seed in range(seeds):
       for bnp in (False, True):
         key = {"trainer": name, "learning_rate": learning_rate, "bnp": bnp, "seed": seed}
-        if any(key.items() <= record.items() for record in read()):
+        if any(key.items() <= record.items() for record in read(records)):
           continue
         record = {**key, "result": float(train(learning_rate, bnp, seed)), "versions": versions}
-        with RECORDS.open("a") as file:
+        with records.open("a") as file:
           file.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
 
 
-def report() -> None:
+def report(records: pathlib.Path) -> None:
   """Print the table of the page: the mean over the seeds, and each of them."""
-  records = read()
+  found = read(records)
   print("| trainer | result | optimizer | rate | alone | with BNP |\n|" + " --- |" * 6)
   for name, trainer in TRAINERS.items():
     cells = [trainer.problem, trainer.result, trainer.optimizer, f"{trainer.learning_rate:g}"]
     for bnp in (False, True):
       key = {"trainer": name, "learning_rate": trainer.learning_rate, "bnp": bnp}
-      found = sorted((r["seed"], r["result"]) for r in records if key.items() <= r.items())
-      results = [result for _, result in found]
-      mean, *each = (f"{x:.{trainer.digits}f}" for x in (statistics.mean(results), *results))
+      results = sorted((r["seed"], r["result"]) for r in found if key.items() <= r.items())
+      numbers = [result for _, result in results]
+      mean, *each = (f"{x:.{trainer.digits}f}" for x in (statistics.mean(numbers), *numbers))
       cells.append(f"{mean} ({', '.join(each)})")
     print(f"| {' | '.join(cells)} |")
 
@@ -334,9 +334,9 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=5)
   options = parser.parse_args()
   if options.command == "run":
-    run(options.trainers, options.seeds)
+    run(RECORDS, options.trainers, options.seeds)
   else:
-    report()
+    report(RECORDS)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def test_pages_show_the_tables_of_the_records(name, pages, rows, monkeypatch, ca
 def test_every_run_of_the_trainers_has_a_record(monkeypatch):
   monkeypatch.syspath_prepend(README.parent)
   trainers = runpy.run_path(str(README.parent / "trainers.py"))
-  keys = [(r["trainer"], r["learning_rate"], r["bnp"], r["seed"]) for r in trainers["read"]()]
+  keys = [
+    (r["trainer"], r["learning_rate"], r["bnp"], r["seed"])
+    for r in trainers["read"](trainers["RECORDS"])
+  ]
   rates = {name: trainer.learning_rate for name, trainer in trainers["TRAINERS"].items()}
   expected = itertools.product(rates.items(), (False, True), range(5))
   assert sorted(keys) == sorted((*trainer, bnp, seed) for trainer, bnp, seed in expected)
