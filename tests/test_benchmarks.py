@@ -1,5 +1,6 @@
 """The benchmarks: each imports, is listed, and is quoted by a page that gives its command."""
 
+import itertools
 import pathlib
 import re
 import runpy
@@ -41,14 +42,36 @@ def test_the_table_lists_every_script_with_the_page_that_quotes_it():
     assert script in COMMAND.findall((README.parent / page).read_text())
 
 
-def test_pages_show_the_tables_of_the_records(monkeypatch, capsys):
+def table_rows(text):
+  return {line for line in text.splitlines() if line.startswith("|")}
+
+
+@pytest.mark.parametrize(
+  ("name", "pages", "rows"),
+  [
+    ("defaults", ("docs/optimizers.md", "README.md"), 51),
+    ("trainers", ("docs/howto/trainers.md",), 8),
+  ],
+)
+def test_pages_show_the_tables_of_the_records(name, pages, rows, monkeypatch, capsys):
   monkeypatch.syspath_prepend(README.parent)
-  report = runpy.run_path(str(README.parent / "defaults.py"))["report"]
-  report(README.parent / "records" / "defaults.jsonl")
-  table = {line for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
-  assert len(table) > 50
-  pages = (ROOT / "docs" / "optimizers.md", ROOT / "README.md")
-  assert table <= {line for page in pages for line in page.read_text().splitlines()}
+  report = runpy.run_path(str(README.parent / f"{name}.py"))["report"]
+  report(README.parent / "records" / f"{name}.jsonl")
+  table = table_rows(capsys.readouterr().out)
+  assert len(table) >= rows
+  assert table <= set.union(*(table_rows((ROOT / page).read_text()) for page in pages))
+
+
+def test_every_run_of_the_trainers_has_a_record(monkeypatch):
+  monkeypatch.syspath_prepend(README.parent)
+  trainers = runpy.run_path(str(README.parent / "trainers.py"))
+  keys = [
+    (r["trainer"], r["learning_rate"], r["bnp"], r["seed"])
+    for r in trainers["read"](trainers["RECORDS"])
+  ]
+  rates = {name: trainer.learning_rate for name, trainer in trainers["TRAINERS"].items()}
+  expected = itertools.product(rates.items(), (False, True), range(5))
+  assert sorted(keys) == sorted((*trainer, bnp, seed) for trainer, bnp, seed in expected)
 
 
 def test_links_resolve():
