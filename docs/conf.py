@@ -1,12 +1,18 @@
 """The HTML documentation: `sphinx-build -W docs build/docs`, with the extra `docs` installed."""
 
 import pathlib
+import re
+import shutil
 import tomllib
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
 
 import bnp_optax
 
-_PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
-_REPOSITORY = tomllib.loads(_PYPROJECT.read_text())["project"]["urls"]["Repository"]
+_ROOT = pathlib.Path(__file__).parents[1]
+_PYPROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
+_REPOSITORY = _PYPROJECT["project"]["urls"]["Repository"]
 
 project = "bnp_optax"
 author = "the bnp_optax authors"
@@ -14,7 +20,7 @@ project_copyright = f"{author}, under the Apache License 2.0"
 release = version = bnp_optax.__version__
 
 extensions = [
-  "myst_parser",
+  "myst_nb",
   "sphinx.ext.autodoc",
   "sphinx.ext.autosummary",
   "sphinx.ext.napoleon",
@@ -32,12 +38,17 @@ html_theme_options = {
   ],
 }
 html_static_path = ["static"]
-html_css_files = ["wide_tables.css"]
+html_css_files = ["site.css"]
 # Copy the input of examples, without prompts and without output.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+# Doctests end with a blank line.
+highlight_options = {"python": {"stripnl": True}}
 python_use_unqualified_type_names = True
 
+# The notebooks are shown with the outputs that are stored in them.
+nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"
 myst_enable_extensions = ["colon_fence"]
 # Links to a section, as GitHub names them.
 myst_heading_anchors = 3
@@ -53,3 +64,25 @@ autodoc_class_signature = "separated"
 autodoc_default_options = {"exclude-members": "__init__, __new__, count, index"}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+def _copy_notebooks(app: Sphinx, config: Config) -> None:
+  """Copy the notebooks below docs/, since Sphinx reads nothing outside of it."""
+  target = _ROOT / "docs" / "notebooks"
+  target.mkdir(exist_ok=True)
+  for notebook in (_ROOT / "notebooks").glob("*.ipynb"):
+    shutil.copy2(notebook, target)
+
+
+def _relink(app: Sphinx, docname: str, source: list[str]) -> None:
+  """Change links between files of the repository into links between pages of the site."""
+  text = re.sub(r"\.\./notebooks/(\w+\.ipynb)", r"notebooks/\1", source[0])
+  text = text.replace("](../docs/", "](../").replace("](../README.md", f"]({_REPOSITORY}")
+  # The badge is a picture on another host.
+  source[0] = re.sub(r"\[!\[(Open in Colab)\]\([^)]*\)\]", r"[\1]", text)
+
+
+def setup(app: Sphinx) -> None:
+  """Connect the two functions above to the build."""
+  app.connect("config-inited", _copy_notebooks)
+  app.connect("source-read", _relink)
