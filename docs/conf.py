@@ -5,6 +5,7 @@ import re
 import shutil
 import tomllib
 
+import jax
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -13,6 +14,9 @@ import bnp_optax
 _ROOT = pathlib.Path(__file__).parents[1]
 _PYPROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
 _REPOSITORY = _PYPROJECT["project"]["urls"]["Repository"]
+
+# Otherwise the types of fields are jax.jaxlib._jax.Array.
+jax.Array.__qualname__ = "Array"
 
 project = "bnp_optax"
 author = "the bnp_optax authors"
@@ -58,7 +62,7 @@ default_role = "autolink"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # Without this, a signature lists the eight alternatives of the type.
-autodoc_type_aliases = {"ArrayLike": "jax.typing.ArrayLike", "Mask": "jax.typing.ArrayLike | None"}
+autodoc_type_aliases = {"ArrayLike": "ArrayLike", "Mask": "ArrayLike | None"}
 # Classes document their fields under Attributes; the signature would list each once more.
 autodoc_class_signature = "separated"
 autodoc_default_options = {"exclude-members": "__init__, __new__, count, index"}
@@ -82,7 +86,23 @@ def _relink(app: Sphinx, docname: str, source: list[str]) -> None:
   source[0] = re.sub(r"\[!\[(Open in Colab)\]\([^)]*\)\]", r"[\1]", text)
 
 
+def _shorten_signature(app, what, name, obj, options, signature, returned):  # noqa: ANN001, ANN202
+  """Remove Sphinx's wrapper of an alias that stands in a union."""
+  if signature:
+    return re.sub(r"TypeAliasForwardRef\('([^']*)'\)", r"\1", signature), returned
+  return None
+
+
+def _shorten_fields(app, what, name, obj, options, lines):  # noqa: ANN001, ANN202
+  """Write the name of Optax's alias, which Napoleon expands, in the types of fields."""
+  for number, line in enumerate(lines):
+    if line.startswith("   :type:"):
+      lines[number] = re.sub(r"collections\.abc\.Callable\[.*\]", "optax.Schedule", line)
+
+
 def setup(app: Sphinx) -> None:
-  """Connect the two functions above to the build."""
+  """Connect the functions above to the build."""
   app.connect("config-inited", _copy_notebooks)
   app.connect("source-read", _relink)
+  app.connect("autodoc-process-signature", _shorten_signature)
+  app.connect("autodoc-process-docstring", _shorten_fields, priority=900)  # After Napoleon.
