@@ -510,7 +510,7 @@ def figure(records: pathlib.Path) -> None:
     "alone": ("#A6A6A6", "s", "optimizer alone"),
     "paper": ("#56B4E9", "v", "BNP, the paper's start"),
     "debias": ("#0072B2", "o", "BNP"),
-    "debias, bounded step": ("#D55E00", "D", "BNP, bounded step"),
+    "debias, bounded step": ("#999933", "X", "BNP, bounded step"),
   }
   shown = ("fc", "cnn")
   fig, axes = plt.subplots(
