@@ -488,7 +488,7 @@ def report(records: pathlib.Path) -> None:
   print("| --- |" + " --: |" * len(sizes))
   for network, optimizer, setting in dict.fromkeys((n, o, s) for n, _, o, s in tested):
     found = [
-      100 * np.mean(tested[network, b, optimizer, setting]["test_accuracy"])
+      np.mean(100 * np.array(tested[network, b, optimizer, setting]["test_accuracy"]))
       for b in sizes
       if (network, b, optimizer, setting) in tested
     ]
