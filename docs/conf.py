@@ -73,7 +73,8 @@ napoleon_numpy_docstring = False
 def _copy_notebooks(app: Sphinx, config: Config) -> None:
   """Copy the notebooks below docs/, since Sphinx reads nothing outside of it."""
   target = _ROOT / "docs" / "notebooks"
-  target.mkdir(exist_ok=True)
+  shutil.rmtree(target, ignore_errors=True)
+  target.mkdir()
   for notebook in (_ROOT / "notebooks").glob("*.ipynb"):
     shutil.copy2(notebook, target)
 
