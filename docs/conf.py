@@ -87,6 +87,12 @@ def _relink(app: Sphinx, docname: str, source: list[str]) -> None:
   source[0] = re.sub(r"\[!\[(Open in Colab)\]\([^)]*\)\]", r"[\1]", text)
 
 
+def _locate_source(app, pagename, templatename, context, doctree):  # noqa: ANN001, ANN202
+  """Link a notebook to its file in the repository, and not to the copy."""
+  if pagename.startswith("notebooks/"):
+    context["theme_source_directory"] = "/"
+
+
 def _shorten_signature(app, what, name, obj, options, signature, returned):  # noqa: ANN001, ANN202
   """Remove Sphinx's wrapper of an alias that stands in a union."""
   if signature:
@@ -105,5 +111,6 @@ def setup(app: Sphinx) -> None:
   """Connect the functions above to the build."""
   app.connect("config-inited", _copy_notebooks)
   app.connect("source-read", _relink)
+  app.connect("html-page-context", _locate_source)
   app.connect("autodoc-process-signature", _shorten_signature)
   app.connect("autodoc-process-docstring", _shorten_fields, priority=900)  # After Napoleon.
