@@ -497,7 +497,7 @@ def report(records: pathlib.Path) -> None:
   print("| --- |" + " --: |" * len(sizes))
   for network, optimizer, setting in dict.fromkeys((n, o, s) for n, _, o, s in tested):
     found = [
-      100 * np.mean(tested[network, b, optimizer, setting]["test_accuracy"])
+      np.mean(100 * np.array(tested[network, b, optimizer, setting]["test_accuracy"]))
       for b in sizes
       if (network, b, optimizer, setting) in tested
     ]
@@ -519,7 +519,7 @@ def figure(records: pathlib.Path) -> None:
     "alone": ("#A6A6A6", "s", "optimizer alone"),
     "paper": ("#56B4E9", "v", "BNP, the paper's start"),
     "debias": ("#0072B2", "o", "BNP"),
-    "debias, bounded step": ("#D55E00", "D", "BNP, bounded step"),
+    "debias, bounded step": ("#999933", "X", "BNP, bounded step"),
   }
   shown = ("fc", "cnn")
   fig, axes = plt.subplots(

@@ -90,9 +90,9 @@ def scale_by_bnp(
       outputs at axis -1 and the window before, and an optional leaf named ``bias`` beside it.
 
   Returns:
-    A transformation whose ``update`` takes the keyword ``stats``: the statistics of the forward
-    pass that the gradients come from, as `bnp_optax.linen.sow_statistics` gathers them. A whole
-    ``intermediates`` collection works; other values sown there are ignored. The gradient of
+    A transformation whose ``update`` takes the keyword ``stats``. They are the statistics of the
+    forward pass that the gradients come from, as `bnp_optax.linen.sow_statistics` gathers them. A
+    whole ``intermediates`` collection works; other values sown there are ignored. The gradient of
     `bnp_optax.linen.Tapped` carries the statistics, and needs no ``stats``. Gradients keep their
     dtype. Numeric arguments may be arrays, or schedules through `optax.inject_hyperparams`.
 

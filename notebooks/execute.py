@@ -50,7 +50,7 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
           output.execution_count = None
   notebook.metadata = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    "language_info": {"name": "python", "pygments_lexer": "ipython3"},
     "bnp_optax": {"version": bnp_optax.__version__, "source": source_hash(notebook)},
   }
   return notebook

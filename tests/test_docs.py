@@ -107,6 +107,20 @@ def test_documentation_builds_and_has_all_public_names(tmp_path):
   assert {"bnp_optax.bnp", "bnp_optax.linen.layers", "bnp_optax.nnx.Statistics"} <= expected
   assert not expected - documented
 
+  html = {path: path.read_text() for path in (tmp_path / "html").glob("**/*.html")}
+  assert {path.stem for path in html if path.parent.name == "notebooks"} == {
+    path.stem for path in NOTEBOOKS
+  }
+  # Pages request nothing from other hosts, name no type of Sphinx or of jaxlib, and link to files
+  # that exist.
+  elsewhere = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"(?:https?:)?//[^\"]*")
+  for path, page in html.items():
+    assert not elsewhere.findall(page), path
+    assert not re.search(r"TypeAliasForwardRef|jaxlib\._jax", page), path
+    sources = re.findall(rf'"{REPOSITORY}/(?:blob|edit)/main/([^"?#]+)', page)
+    assert all((ROOT / source).is_file() for source in sources), (path, sources)
+    assert not [source for source in sources if source.startswith("docs/notebooks/")], path
+
 
 @pytest.mark.slow
 def test_the_equinox_example_trains():

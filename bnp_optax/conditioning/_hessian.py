@@ -49,7 +49,7 @@ def unit_hessian(
     layers: As in `bnp_optax.scale_by_bnp`.
 
   Returns:
-    ``[1 + inputs, 1 + inputs]``: the bias, then the weights in the order of `hidden_matrix`.
+    ``[1 + inputs, 1 + inputs]``, the bias first, then the weights as in `hidden_matrix`.
 
   Raises:
     ValueError: If the layer or the unit is not found.
