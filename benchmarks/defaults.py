@@ -49,6 +49,8 @@ BATCH_SIZES = (60, 1, 512, 6, 128, 16, 2)
 # Number of steps of FC and CNN, and of the transformers.
 STEPS = {1: (1000, 600), 2: (1000, 600), 6: (1000, 600), 16: (600, 600)}
 STEPS |= {60: (400, 400), 128: (200, 200), 512: (100, 100)}
+# The batch sizes that one learning rate is chosen for.
+ONE_RATE = (1, 60, 512)
 NETWORKS = {
   "fc": "FC",
   "cnn": "CNN",
@@ -451,6 +453,33 @@ def rates_within_a_point(records: pathlib.Path) -> dict[tuple[str, str, int], di
   return widths
 
 
+def one_rate(records: pathlib.Path) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
+  """Compare one learning rate for all batch sizes of `ONE_RATE` with the best rate for each.
+
+  Args:
+    records: The records.
+
+  Returns:
+    For each network, optimizer and setting: the mean accuracy in % over the batch sizes with the
+    best rate for each, with the best one rate, and that rate.
+  """
+  means: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
+  rates = {}
+  for record in read(records):
+    if "accuracy" in record and record["batch_size"] in ONE_RATE:
+      key = record["network"], record["optimizer"], record["setting"]
+      means.setdefault(key, {})[record["batch_size"]] = 100 * np.mean(record["accuracy"], axis=1)
+      rates[key] = record["rates"]
+  found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
+  for (network, optimizer, setting), sizes in means.items():
+    if len(sizes) == len(ONE_RATE):
+      each = float(np.mean([x.max() for x in sizes.values()]))
+      one = np.mean(list(sizes.values()), axis=0)
+      rate = rates[network, optimizer, setting][one.argmax()]
+      found.setdefault((network, optimizer), {})[setting] = each, float(one.max()), rate
+  return found
+
+
 def report(records: pathlib.Path) -> None:
   """Print the tables of the page, and apply the rule."""
   best = best_rates(records)
@@ -475,6 +504,15 @@ def report(records: pathlib.Path) -> None:
     if key[0] in ("fc", "cnn") and key[1] in ("sgd", "adam") and key[2] in (1, 60, 512):
       row = [str(widths[key].get(name, "")) for name in NAMES]
       print(f"| {_label(*key)} | {' | '.join(row)} |")
+
+  print("\n| one rate for 1, 60 and 512 | " + " | ".join(NAMES) + " |")
+  print("| --- |" + " --: |" * len(NAMES))
+  found = one_rate(records)
+  for network, optimizer in itertools.product(NETWORKS, RATES):
+    row = found.get((network, optimizer), {})
+    if len(row) == len(NAMES):
+      texts = [f"{each:.1f} → {one:.1f} at {rate:g}" for each, one, rate in map(row.get, NAMES)]
+      print(f"| {NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]} | {' | '.join(texts)} |")
 
   def mean(name: str) -> float:
     return float(np.mean([best[key][name].mean() for key in complete]))
