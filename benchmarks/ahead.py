@@ -17,6 +17,7 @@ python -m venv cuda && cuda/bin/pip install -e . jax-cuda13-plugin==0.10.2 jax-c
 import argparse
 from collections import Counter
 from collections.abc import Iterator
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,11 @@ CELLS = (
   "resnet18:64:f32",
   "gpt2:8:bf16",
 )
-# The network whose step is split over four chips, and how.
-SPLIT_CELL, SPLITS = "fc1024-1024:256:f32", ("data", "data and kernels")
+# The steps that are split over chips, with the number of chips, and how they are split: the batch
+# alone; the batch, and each kernel by its inputs; each kernel by its outputs, for every example.
+SPLIT_CELLS = {"fc1024-1024:256:f32": 4, "fc1024-1024:16384:f32": 256}
+SPLITS = ("data", "data and kernels", "outputs")
+SPLIT_METHODS = ("SGD", "BNP", "Adam", "bnp(Adam)")
 
 _FREE = {
   "parameter",
@@ -135,24 +139,26 @@ def traffic(x: Instruction, beside: dict[str, Instruction], computations: Comput
 
 
 def target_devices(target: str, count: int) -> list[Any]:
-  """Return the devices of a topology of one or four chips."""
+  """Return the devices of a topology of 1, 4 or 256 chips."""
   os.environ.update(WITHOUT_CHIPS)
   jax.config.update("jax_platforms", "cpu")
   if target == "h100":
     config = (HERE / "h100.txtpb").read_text()
+    hosts = max(1, count // 8)
     topology = topologies.get_topology_desc(
-      "", "cuda", target_config=config, topology=f"1x1x{count}"
+      "", "cuda", target_config=config, topology=f"1x{hosts}x{count // hosts}"
     )
   else:
-    shape, bounds = ("2x2", (2, 2, 1)) if count == 4 else ("1x1", (1, 1, 1))
+    side = math.isqrt(count)
+    bounds = (1, 1, 1) if count == 1 else (2, 2, 1)
     topology = topologies.get_topology_desc(
-      f"{target}:{shape}", "tpu", chips_per_host_bounds=bounds
+      f"{target}:{side}x{side}", "tpu", chips_per_host_bounds=bounds
     )
   return topology.devices
 
 
 def compile_step(name: str, method: str, devices: list[Any], split: str) -> jax.stages.Compiled:
-  """Compile the step of a method; with several devices, the batch is split over them."""
+  """Compile the step of a method, split over the devices."""
   cell = make_cell(name)
   step = make_step(cell, method)
   mesh = jax.sharding.Mesh(np.array(devices), ("x",))
@@ -163,19 +169,21 @@ def compile_step(name: str, method: str, devices: list[Any], split: str) -> jax.
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   def place_carry(x: Any) -> Any:
-    whole = x.ndim < 2 or x.shape[-2] % len(devices) or split == "data"
-    return place(x, P() if whole else P(*[None] * (x.ndim - 2), "x"))
+    axis = {"data and kernels": x.ndim - 2, "outputs": x.ndim - 1}.get(split, -1)
+    whole = x.ndim < 2 or axis < 0 or x.shape[axis] % len(devices)
+    return place(x, P() if whole else P(*[None] * axis, "x"))
 
   carry = jax.tree.map(place_carry, jax.eval_shape(step.init, jax.random.key(0)))
-  batch = tuple(place(x, P("x")) for x in (cell.inputs, cell.labels))
+  spec = P() if split == "outputs" else P("x")
+  batch = tuple(place(x, spec) for x in (cell.inputs, cell.labels))
   shardings = jax.tree.map(lambda x: x.sharding, carry)
   take = jax.jit(step.take, donate_argnums=0, out_shardings=shardings)
   return take.lower(carry, batch).compile()
 
 
 def measure(target: str, name: str, method: str, split: str) -> dict[str, Any]:
-  """Return the record of a step, on one chip or split over four."""
-  devices = target_devices(target, 4 if split else 1)
+  """Return the record of a step, on one chip or split over several."""
+  devices = target_devices(target, SPLIT_CELLS[name] if split else 1)
   start = time.process_time()
   compiled = compile_step(name, method, devices, split)
   seconds = time.process_time() - start
@@ -203,29 +211,120 @@ def measure(target: str, name: str, method: str, split: str) -> dict[str, Any]:
   }
 
 
-def read_records() -> list[dict[str, Any]]:
-  """Return the records so far."""
-  return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+Records = dict[tuple[str, str, str, str], dict[str, Any]]
 
 
-def print_tables() -> None:
-  """Print the records as Markdown, relative to plain SGD."""
-  records = {(x["target"], x["cell"], x["split"], x["method"]): x for x in read_records()}
-  others = [method for method in (*METHODS, *FORMS) if method != "SGD"]
-  for quantity in ("cycles", "bytes", "memory", "kernels", "compile_seconds"):
-    print(f"\n| target | network, batch | SGD, {quantity} |", " | ".join(others), "|")
-    print("| --- | --- " + "| --: " * (1 + len(others)) + "|")
-    for target in TARGETS:
-      for name in CELLS:
-        sgd = records.get((target, name, "", "SGD"), {})
-        if quantity in sgd:
-          row = [records.get((target, name, "", method)) for method in others]
-          ratios = [f"{x[quantity] / sgd[quantity]:.2f}" if x else "" for x in row]
-          print(f"| {target} | {name} | {sgd[quantity]:,} |", " | ".join(ratios), "|")
-  for (target, _, split, method), x in records.items():
-    if split:
-      kinds = ", ".join(f"{kind} {x[kind]:,}" for kind in x if _COLLECTIVE.fullmatch(kind))
-      print(f"{target}, {split}, {method}: {x['collectives']} collectives, bytes in: {kinds}")
+def read(records: pathlib.Path) -> Records:
+  """Return the records so far, by target, cell, split and method."""
+  found = map(json.loads, records.read_text().splitlines()) if records.exists() else ()
+  return {(x["target"], x["cell"], x["split"], x["method"]): x for x in found}
+
+
+_FORM_NAMES = {
+  "BNP: product": "product of matrices",
+  "BNP: reduction": "**reduction: the library on TPU and GPU**",
+  "BNP: centred": "reduction of `v (g_w - mu g_b)`",
+  "BNP: pairs": "reduction of two arrays, added in pairs",
+  "BNP: two sums": "`sum v g_w - (sum v mu) g_b`",
+  "bnp(Adam): product": "bnp(Adam), product",
+  "bnp(Adam): reduction": "bnp(Adam), reduction: the library",
+}
+_NETWORK_NAMES = {"cnn": "CNN", "resnet18": "ResNet-18", "gpt2": "GPT-2 small"}
+# What is compared on a target.
+_COSTS = {"v5e": "cycles", "v6e": "cycles", "h100": "bytes"}
+
+
+def report(path: pathlib.Path) -> None:
+  """Print the tables of the page."""
+  records = read(path)
+  _print_steps(records)
+  _print_forms(records)
+  _print_splits(records)
+
+
+def _print_steps(records: Records) -> None:
+  others = [method for method in METHODS if method != "SGD"]
+  columns = ["target", "network, batch", "kernels: SGD, BNP", "SGD", *others]
+  print(_line(*columns, "BNP: memory", "BNP: compile time"))
+  print("| --- | --- |" + " --: |" * len(columns))
+  for target, name in itertools.product(TARGETS, CELLS):
+    found = {method: records.get((target, name, "", method)) for method in METHODS}
+    sgd, bnp = found["SGD"], found["BNP"]
+    if sgd and bnp:
+      cost = _COSTS[target]
+      ratios = [f"{x[cost] / sgd[cost]:.2f}" if (x := found[method]) else "" for method in others]
+      kernels = f"{sgd['kernels']:,}, {bnp['kernels']:,}"
+      last = [f"{bnp[x] / sgd[x]:.2f}" for x in ("memory", "compile_seconds")]
+      shown = f"{sgd[cost] / 1e3:,.0f}k" if cost == "cycles" else f"{sgd[cost] / 1e6:,.1f} MB"
+      print(_line(target, _network(name), kernels, shown, *ratios, *last))
+
+
+def _print_forms(records: Records) -> None:
+  shown = list(itertools.product(TARGETS, CELLS_WITH_FORMS))
+  heads = (f"{target}, {_COSTS[target]}: {_network(name)}" for target, name in shown)
+  print("\n" + _line("form of step 5", *heads))
+  print("| --- |" + " --: |" * len(shown))
+  for form, text in _FORM_NAMES.items():
+    ratios = []
+    for target, name in shown:
+      x, sgd = (records.get((target, name, "", method)) for method in (form, "SGD"))
+      cost = _COSTS[target]
+      ratios.append(f"{x[cost] / sgd[cost]:.2f}" if x and sgd else "")
+    print(_line(text, *ratios))
+
+
+def _print_splits(records: Records) -> None:
+  methods = ("SGD", "BNP")
+  print("\n" + _line("target", "chips", "split", *methods))
+  print("| --- | --: | --- |" + " --- |" * len(methods))
+  for target, (name, chips), split in itertools.product(TARGETS, SPLIT_CELLS.items(), SPLITS):
+    found = [records.get((target, name, split, method)) for method in methods]
+    if all(found):
+      print(_line(target, str(chips), split, *(_collectives(x) for x in found if x)))
+
+
+def _collectives(record: dict[str, Any]) -> str:
+  kinds = sorted(kind for kind in record if _COLLECTIVE.fullmatch(kind))
+  return f"{record['collectives']}: " + ", ".join(f"{k} {record[k] / 1e6:.3f} MB" for k in kinds)
+
+
+def _network(name: str) -> str:
+  network, batch, _ = name.split(":")
+  return f"{_NETWORK_NAMES.get(network, network.replace('fc', 'FC '))}, {batch}"
+
+
+def _line(*cells: str) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def figure(path: pathlib.Path) -> None:
+  """Draw the cost of a step relative to SGD beside the records, a panel for each target."""
+  import matplotlib.pyplot as plt
+
+  records = read(path)
+  styles = {
+    "BatchNorm": ("#E69F00", "^"),
+    "BNP": ("#0072B2", "o"),
+    "Adam": ("#000000", "<"),
+    "bnp(Adam)": ("#D55E00", "h"),
+  }
+  fig, axes = plt.subplots(1, len(TARGETS), figsize=(11, 4), sharey=True, layout="constrained")
+  cells = [name for name in CELLS[::-1] if any(name in key for key in records)]
+  for axis, target in zip(axes, TARGETS, strict=True):
+    for method, (colour, marker) in styles.items():
+      points = [
+        (records[target, name, "", method][_COSTS[target]] / sgd[_COSTS[target]], height)
+        for height, name in enumerate(cells)
+        if (sgd := records.get((target, name, "", "SGD"))) and (target, name, "", method) in records
+      ]
+      axis.plot(*zip(*points, strict=True), marker, color=colour, label=method, alpha=0.9)
+    axis.axvline(1, color="#A6A6A6", zorder=0)
+    axis.set(title=target, xlabel=f"{_COSTS[target]} of a step relative to SGD", xlim=(0, None))
+    axis.set_yticks(range(len(cells)), [_network(name) for name in cells])
+    axis.grid(color="#E6E6E6", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+  fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+  fig.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
@@ -233,19 +332,25 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
   parser.add_argument("--cells", nargs="*", default=CELLS, help="network:batch:dtype")
+  parser.add_argument("--figure", action="store_true", help="draw the records as well")
   options = parser.parse_args()
-  done = {(x["target"], x["cell"], x["method"], x["split"]) for x in read_records()}
-  wanted = [(name, split) for split in SPLITS for name in [SPLIT_CELL]]
-  wanted = [*((name, "") for name in options.cells), *wanted]
+  done = read(RECORDS)
+  wanted = [
+    (name, "", method)
+    for name in options.cells
+    for method in [*make_cell(name).methods, *(FORMS if name in CELLS_WITH_FORMS else ())]
+  ]
+  wanted += itertools.product(SPLIT_CELLS, SPLITS, SPLIT_METHODS)
   for target in options.targets:
-    for name, split in wanted:
-      for method in [*make_cell(name).methods, *(FORMS if name in CELLS_WITH_FORMS else ())]:
-        if (target, name, method, split) not in done:
-          record = measure(target, name, method, split)
-          with RECORDS.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-          print(json.dumps(record), flush=True)
-  print_tables()
+    for name, split, method in wanted:
+      if (target, name, split, method) not in done:
+        record = measure(target, name, method, split)
+        with RECORDS.open("a") as file:
+          file.write(json.dumps(record) + "\n")
+        print(json.dumps(record), flush=True)
+  report(RECORDS)
+  if options.figure:
+    figure(RECORDS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,18 @@
-"""The cost of a training step with taps and with sown statistics, as XLA counts it."""
+"""The cost of a training step with taps and with sown statistics, relative to plain SGD.
 
+Measures: flops and bytes, as XLA counts them, and the time: the median and quartiles of rounds in
+which the three steps run in turn.
+Command: `taskset -c 1 python benchmarks/taps.py`, two minutes.
+Quoted by: docs/howto/trainers.md, "What it costs".
+"""
+
+from typing import Any
+
+from common import repeated, time_in_turn
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import bnp_optax
@@ -30,8 +40,8 @@ class CNN(nn.Module):
     return nn.Dense(10)(x.reshape(len(x), -1))
 
 
-def compile_step(model: nn.Module, x: jax.Array, kind: str) -> jax.stages.Compiled:
-  """Return the compiled step of a kind: sgd, sow or taps."""
+def compile_step(model: nn.Module, x: jax.Array, kind: str) -> tuple[jax.stages.Compiled, Any]:
+  """Return the compiled step of a kind, sgd, sow or taps, and its initial parameters and state."""
   tx = optax.sgd(0.1) if kind == "sgd" else optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1))
   used = bnp_optax.linen.Tapped(model, examples=len(x)) if kind == "taps" else model
   params = used.init(jax.random.key(0), x)["params"]
@@ -54,18 +64,31 @@ def compile_step(model: nn.Module, x: jax.Array, kind: str) -> jax.stages.Compil
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 
-  return jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), x).compile()
+  carry = params, tx.init(params)
+  return jax.jit(step, donate_argnums=(0, 1)).lower(*carry, x).compile(), carry
 
 
 def main() -> None:
-  """Print flops and bytes of each step relative to plain SGD."""
+  """Print the table of the page."""
+  print("| network | batch | flops: sown | taps | bytes: sown | taps | time: sown | taps |")
+  print("| --- |" + " --: |" * 7)
   for name, model, shape in (("FC", FC(), (3072,)), ("CNN", CNN(), (32, 32, 3))):
     for batch in (1, 6, 60, 512):
-      steps = {k: compile_step(model, jnp.ones((batch, *shape)), k) for k in ("sgd", "sow", "taps")}
-      costs = {k: step.cost_analysis() for k, step in steps.items()}
+      x = jnp.ones((batch, *shape))
+      steps = {kind: compile_step(model, x, kind) for kind in ("sgd", "sow", "taps")}
+      cells = [name, str(batch)]
       for cost in ("flops", "bytes accessed"):
-        sgd, sow, taps = (costs[k][cost] for k in ("sgd", "sow", "taps"))
-        print(f"{name:4} {batch:4} {cost:15} sow {sow / sgd:.4f} taps {taps / sgd:.4f}")
+        counts = {kind: step.cost_analysis()[cost] for kind, (step, _) in steps.items()}
+        cells += [f"{counts[kind] / counts['sgd']:.3f}" for kind in ("sow", "taps")]
+      functions = {
+        kind: repeated(lambda carry, x, step=step: step(*carry, x), carry, x)
+        for kind, (step, carry) in steps.items()
+      }
+      seconds = time_in_turn(functions, rounds=25, calls=max(2, 200 // batch))
+      for kind in ("sow", "taps"):
+        low, middle, high = np.percentile(seconds[kind] / seconds["sgd"], [25, 50, 75])
+        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
+      print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
