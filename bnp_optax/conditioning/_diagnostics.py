@@ -237,8 +237,10 @@ def heat_map(history: Diagnostics, quantity: str = "largest_eigenvalue") -> Any:
   norm = LogNorm() if values.count() else None
   image = axes.imshow(values.T, aspect="auto", interpolation="nearest", norm=norm, cmap="cividis")
   axes.set_yticks(range(len(history.names)), history.names)
-  axes.set_xlabel("step")
-  figure.colorbar(image, ax=axes, label=quantity)
+  axes.set(xlabel="step", title=quantity)
+  # matplotlib's own labels of a logarithmic bar overlap where it is shorter than two decades.
+  ticks = np.geomspace(values.min(), values.max(), 4) if values.count() else []
+  figure.colorbar(image, ax=axes, ticks=ticks, format="%.2g").minorticks_off()
   return figure
 
 
