@@ -2,7 +2,8 @@
 
 Measures: the time of a step of SGD, BatchNorm, BNP, Adam, bnp(Adam) and Muon, and of BNP with other
 forms of step 5.
-Command: `python benchmarks/accelerator.py --out records.jsonl`, on an H100 some ten minutes.
+Command: `python benchmarks/accelerator.py --out records.jsonl`, on an H100 some ten minutes. With
+`--report` it prints the records instead.
 Quoted by: docs/performance.md, "On GPU and TPU".
 
 All methods of a cell are compiled first and then timed in turn, in rounds. One measurement is a
@@ -18,7 +19,7 @@ import pathlib
 import time
 from typing import Any
 
-from cells import CELLS_WITH_FORMS, FORMS, make_cell, make_step
+from cells import CELLS_WITH_FORMS, FORMS, METHODS, describe, make_cell, make_step
 from common import time_in_turn
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,23 @@ def measure(name: str, methods: list[str], rounds: int, seconds: float) -> Itera
     }
 
 
+def report(path: pathlib.Path) -> None:
+  """Print the table of the page: times relative to SGD, median (quartiles)."""
+  records = [r for r in map(json.loads, path.read_text().splitlines()) if "ratio" in r]
+  found = {(r["cell"], r["method"]): r for r in records}
+  others = [method for method in METHODS if method != "SGD"]
+  print(f"| device | network, batch | SGD, µs | {' | '.join(others)} |")
+  print("| --- | --- |" + " --: |" * len(METHODS))
+  for name in dict.fromkeys(r["cell"] for r in records):
+    sgd = found[name, "SGD"]
+    cells = [sgd["device"], describe(name), f"{sgd['microseconds']:,.0f}"]
+    for method in others:
+      r = found.get((name, method))
+      low, high = r["quartiles"] if r else (0, 0)
+      cells.append(f"{r['ratio']:.2f} ({low:.2f}–{high:.2f})" if r else "")
+    print(f"| {' | '.join(cells)} |")
+
+
 def main() -> None:
   """Measure the cells that the output file does not have yet."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,7 +137,11 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=15, help="measurements of each method")
   parser.add_argument("--seconds", type=float, default=0.05, help="length of a measurement of SGD")
   parser.add_argument("--revision", default="", help="revision of the library, for the records")
+  parser.add_argument("--report", action="store_true", help="print the records instead")
   options = parser.parse_args()
+  if options.report:
+    report(options.out)
+    return
 
   start = time.perf_counter()
   device = jax.devices()[0]

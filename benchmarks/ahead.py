@@ -26,7 +26,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
-from cells import CELLS_WITH_FORMS, FORMS, METHODS, make_cell, make_step
+from cells import CELLS_WITH_FORMS, FORMS, METHODS, describe, make_cell, make_step
 import jax
 from jax.experimental import topologies
 import numpy as np
@@ -229,7 +229,6 @@ _FORM_NAMES = {
   "bnp(Adam): product": "bnp(Adam), product",
   "bnp(Adam): reduction": "bnp(Adam), reduction: the library",
 }
-_NETWORK_NAMES = {"cnn": "CNN", "resnet18": "ResNet-18", "gpt2": "GPT-2 small"}
 # What is compared on a target.
 _COSTS = {"v5e": "cycles", "v6e": "cycles", "h100": "bytes"}
 
@@ -256,12 +255,12 @@ def _print_steps(records: Records) -> None:
       kernels = f"{sgd['kernels']:,}, {bnp['kernels']:,}"
       last = [f"{bnp[x] / sgd[x]:.2f}" for x in ("memory", "compile_seconds")]
       shown = f"{sgd[cost] / 1e3:,.0f}k" if cost == "cycles" else f"{sgd[cost] / 1e6:,.1f} MB"
-      print(_line(target, _network(name), kernels, shown, *ratios, *last))
+      print(_line(target, describe(name), kernels, shown, *ratios, *last))
 
 
 def _print_forms(records: Records) -> None:
   shown = list(itertools.product(TARGETS, CELLS_WITH_FORMS))
-  heads = (f"{target}, {_COSTS[target]}: {_network(name)}" for target, name in shown)
+  heads = (f"{target}, {_COSTS[target]}: {describe(name)}" for target, name in shown)
   print("\n" + _line("form of step 5", *heads))
   print("| --- |" + " --: |" * len(shown))
   for form, text in _FORM_NAMES.items():
@@ -286,11 +285,6 @@ def _print_splits(records: Records) -> None:
 def _collectives(record: dict[str, Any]) -> str:
   kinds = sorted(kind for kind in record if _COLLECTIVE.fullmatch(kind))
   return f"{record['collectives']}: " + ", ".join(f"{k} {record[k] / 1e6:.3f} MB" for k in kinds)
-
-
-def _network(name: str) -> str:
-  network, batch, _ = name.split(":")
-  return f"{_NETWORK_NAMES.get(network, network.replace('fc', 'FC '))}, {batch}"
 
 
 def _line(*cells: str) -> str:
@@ -320,7 +314,7 @@ def figure(path: pathlib.Path) -> None:
       axis.plot(*zip(*points, strict=True), marker, color=colour, label=method, alpha=0.9)
     axis.axvline(1, color="#A6A6A6", zorder=0)
     axis.set(title=target, xlabel=f"{_COSTS[target]} of a step relative to SGD", xlim=(0, None))
-    axis.set_yticks(range(len(cells)), [_network(name) for name in cells])
+    axis.set_yticks(range(len(cells)), [describe(name) for name in cells])
     axis.grid(color="#E6E6E6", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
   fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)

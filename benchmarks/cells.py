@@ -168,6 +168,15 @@ def make_cell(name: str) -> Cell:
   )
 
 
+_NETWORK_NAMES = {"cnn": "CNN", "resnet18": "ResNet-18", "gpt2": "GPT-2 small"}
+
+
+def describe(name: str) -> str:
+  """Return the network and batch size of a cell for a table."""
+  network, batch, _ = name.split(":")
+  return f"{_NETWORK_NAMES.get(network, network.replace('fc', 'FC '))}, {batch}"
+
+
 def _matrices(params: optax.Params) -> Any:
   """Return the axes of the matrices for Muon: those of dense layers, scanned or not."""
   axes = {2: contrib.MuonDimensionNumbers(0, 1), 3: contrib.MuonDimensionNumbers(1, 2)}

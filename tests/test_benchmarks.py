@@ -1,13 +1,18 @@
 """The benchmarks: each imports, is listed, and is quoted by a page that gives its command."""
 
 import itertools
+import json
+import os
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 from unittest import mock
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from bnp_optax import _preconditioner
@@ -51,6 +56,8 @@ def table_rows(text):
   [
     ("defaults", ("docs/optimizers.md", "README.md"), 51),
     ("trainers", ("docs/howto/trainers.md",), 8),
+    ("ahead", ("docs/performance.md",), 40),
+    ("accelerator", ("docs/performance.md",), 6),
   ],
 )
 def test_pages_show_the_tables_of_the_records(name, pages, rows, monkeypatch, capsys):
@@ -88,3 +95,37 @@ def test_other_forms_of_step_5_give_the_same_step(monkeypatch):
   for _, replaced in forms.values():
     with mock.patch.multiple(_preconditioner, **replaced):
       chex.assert_trees_all_close(_preconditioner.precondition(p, *gradient), expected, rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_gpu_run_and_resume(tmp_path):
+  """The commands of the section on a rented GPU, at a small scale and without a network."""
+  pytest.importorskip("bnp_experiments")
+  draw = np.random.default_rng(0).integers
+  images, text = draw(0, 256, (2_000, 32, 32, 3), np.uint8), draw(0, 60, (100, 65), np.uint8)
+  examples = {"x": images, "y": draw(0, 10, 2_000), "text_x": text[:, :-1], "text_y": text[:, 1:]}
+  np.savez(tmp_path / "examples.npz", **examples)
+
+  def run(script, *options):
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "experiments", "benchmarks"))
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+      command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+  small = ("--cells", "fc16-16:4:f32", "gpt2-tiny:2:bf16", "--rounds", "2", "--seconds", "0.001")
+  accelerator = ("accelerator.py", "--out", "times.jsonl", *small)
+  defaults = ("defaults.py", "run", "grid.jsonl", "--examples", "examples.npz")
+  defaults += ("--workers", "2", "--only", "fc,sgd,512,paper", "fc,sgd,512,alone")
+  for command in (accelerator, defaults):
+    run(*command)
+  records = {name: (tmp_path / name).read_text() for name in ("times.jsonl", "grid.jsonl")}
+  methods = [json.loads(line)["method"] for line in records["times.jsonl"].splitlines()]
+  assert methods.count("BNP") == 2
+  settings = [json.loads(line)["setting"] for line in records["grid.jsonl"].splitlines()]
+  assert sorted(settings) == ["alone", "paper"]
+  for command in (accelerator, defaults):
+    run(*command)
+  assert records == {name: (tmp_path / name).read_text() for name in records}
+  assert "FC 16-16, 4" in run("accelerator.py", "--out", "times.jsonl", "--report")
