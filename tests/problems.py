@@ -1,11 +1,13 @@
 """Small networks and their gradients, shared by the tests of the transformations."""
 
 import functools
+import inspect
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import bnp_optax
@@ -80,3 +82,10 @@ def raises(match, fn, *args, **kwargs):
   """Check that a ValueError is raised while tracing, before anything is computed."""
   with pytest.raises(ValueError, match=match):
     jax.eval_shape(lambda: fn(*args, **kwargs))
+
+
+def multi_steps(tx, count):
+  """Return `optax.MultiSteps` that accumulates in float64, as it always does before Optax 0.2.8."""
+  dtype = {"accumulator_dtype": jnp.float64}
+  known = "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
+  return optax.MultiSteps(tx, every_k_schedule=count, **(dtype if known else {}))

@@ -568,10 +568,11 @@ def test_parameters_with_partitioning_metadata(make):
 
     for _ in range(2):
       step(model, optimizer)
-    return jax.device_get(nnx.as_pure(nnx.state(model, nnx.Param)))
+    return jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
   expected = train(nnx.Linear(5, 8, rngs=rngs()))
-  with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"))):
+  axis_types = (jax.sharding.AxisType.Explicit,) * 2
+  with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=axis_types)):
     actual = train(nnx.Linear(5, 8, kernel_init=kernel, rngs=rngs()))
   chex.assert_trees_all_close(actual, expected, rtol=1e-4)
 

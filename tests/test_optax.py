@@ -120,7 +120,7 @@ def test_map_params_with_specs(inner, problem):
   tx = make(inner)
   arguments = lambda _, spec: spec, jax.eval_shape(tx.init, params), specs
   found = optax.tree.map_params(tx, *arguments, transform_non_params=lambda _: P())
-  mesh = jax.make_mesh((1,), ("model",))
+  mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
   is_spec = lambda v: isinstance(v, P)
   shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), found, is_leaf=is_spec)
   state = jax.jit(tx.init, out_shardings=shardings)(params)
@@ -404,7 +404,7 @@ def test_multisteps_hands_over_the_last_micro_batch_alone(problem):
   """BNP cannot detect it: the gradient is the mean, the statistics those of one micro-batch."""
   params, (x, y), *_ = problem
   halves = [(x[half], y[half]) for half in (slice(4), slice(4, 8))]
-  tx = optax.MultiSteps(sgd_on_bnp(), every_k_schedule=2, accumulator_dtype=jnp.float64)
+  tx = problems.multi_steps(sgd_on_bnp(), 2)
   actual, state = run(tx, params, halves)
   (first, _), (second, calls) = (reference.gradients(MODEL, params, half) for half in halves)
   mean = jax.tree.map(lambda a, b: (a + b) / 2, first, second)

@@ -363,7 +363,7 @@ def test_multi_steps(whole):
   params, x, grads, stats = whole
   plain = bnp_optax.linen.remove_taps(params)
   tx = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1))
-  steps = optax.MultiSteps(tx, every_k_schedule=4, accumulator_dtype=jnp.float64)
+  steps = problems.multi_steps(tx, 4)
   state = steps.init(params)
   for part in split(x):
     updates, state = steps.update(jax.jit(jax.grad(batch_loss))(params, part), state, params)
