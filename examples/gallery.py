@@ -142,6 +142,6 @@ def draw(
   else:
     time.set_ylim(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low)
   figure.suptitle(title)
-  figure.legend(frameon=False, ncols=len(records), loc="outside lower center")
+  figure.legend(frameon=False, ncols=min(len(records), 4), loc="outside lower center")
   figure.savefig(path, dpi=150, facecolor="white")
   plt.close(figure)

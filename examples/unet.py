@@ -1,13 +1,13 @@
 """A 3-D U-Net, one volume a step: without normalization, with InstanceNorm, with GroupNorm.
 
 A volume of 12 x 12 x 12 has one to four bright balls to segment, and one to four dark ones, in a
-gradient of light with noise. Each of 120 volumes is seen once. All methods use Adam, alone or in
+gradient of light with noise. Each of 300 volumes is seen once. All methods use Adam, alone or in
 `bnp`. The score is the Dice coefficient on 50 other volumes; 50 more choose the rate.
 
 python examples/unet.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,17 @@ import optax
 
 import bnp_optax
 
-VOLUMES, OTHERS, SIZE, PARTS = 120, 50, 12, 4
+VOLUMES, OTHERS, SIZE, PARTS = 300, 50, 12, 10
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+  """Compute a 3 x 3 x 3 convolution as one product, which is faster for many networks at once."""
+  for axis in (3, 2, 1):
+    size, pad = x.shape[axis], [(0, 0)] * x.ndim
+    pad[axis] = (1, 1)
+    x = jnp.pad(x, pad)
+    x = jnp.concatenate([jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i in range(3)], -1)
+  return x @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class UNet(nn.Module):
@@ -29,7 +39,7 @@ class UNet(nn.Module):
 
   def block(self, x: jax.Array, channels: int) -> jax.Array:
     """Apply a 3 x 3 x 3 convolution, the norm and ReLU."""
-    x = nn.Conv(channels, (3, 3, 3))(x)
+    x = nn.Conv(channels, (3, 3, 3), conv_general_dilated=convolve)(x)
     return nn.relu(x if self.norm is None else self.norm()(x))
 
   @nn.compact
@@ -38,7 +48,7 @@ class UNet(nn.Module):
     fine = self.block(self.block(x, 4), 4)
     coarse = self.block(self.block(nn.avg_pool(fine, (2, 2, 2), (2, 2, 2)), 8), 8)
     up = coarse.repeat(2, axis=1).repeat(2, axis=2).repeat(2, axis=3)
-    return nn.Conv(1, (1, 1, 1))(self.block(jnp.concatenate([fine, up], axis=-1), 4))
+    return nn.Dense(1)(self.block(jnp.concatenate([fine, up], axis=-1), 4))
 
 
 class Method(NamedTuple):
@@ -67,7 +77,7 @@ METHODS = (
 )
 
 
-def make_volumes(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def make_volumes(seed: int, count: int) -> tuple[jax.Array, jax.Array]:
   """Return volumes and the bright balls in them ``[count, 12, 12, 12, 1]``."""
   rng = np.random.default_rng(seed)
   axes = np.stack(np.meshgrid(*[np.arange(SIZE)] * 3, indexing="ij"), axis=-1)
@@ -80,43 +90,42 @@ def make_volumes(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
   bright, dark = (np.array([balls() for _ in range(count)], float) for _ in range(2))
   light = np.einsum("xyzi,ni->nxyz", axes / SIZE, rng.normal(size=(count, 3)))
   volumes = 0.5 * bright - 0.5 * dark + light + 0.3 * rng.normal(size=bright.shape)
-  return volumes[..., None].astype(np.float32), bright[..., None].astype(np.float32)
+  return jnp.float32(volumes[..., None]), jnp.float32(bright[..., None])
 
 
-def run(method: Method, rates: Sequence[float], seeds: Sequence[int]) -> gallery.Scores:
-  """Train one network for each rate and seed; a loop in Python, as XLA loops slow convolutions."""
-  model = UNet(method.norm)
+X, Y = make_volumes(0, VOLUMES)
+VALIDATION, TEST = make_volumes(1, OTHERS), make_volumes(2, OTHERS)
+
+
+@gallery.side_by_side
+def run(method: Method, rate: jax.Array, seed: jax.Array) -> gallery.Scores:
+  """Train one network."""
+  model, tx = UNet(method.norm), method.optimizer(rate)
+  key = jax.random.key(seed)
+  params = model.init(key, X[:1])["params"]
 
   def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
     with bnp_optax.linen.sow_statistics():
       logits, aux = model.apply({"params": params}, x, mutable=["intermediates"])
     return optax.sigmoid_binary_cross_entropy(logits, y).mean(), aux["intermediates"]
 
-  @jax.jit
-  def step(params: Any, opt_state: Any, rate: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
-    grads, stats = jax.grad(loss_fn, has_aux=True)(params, x, y)
-    updates, opt_state = method.optimizer(rate).update(grads, opt_state, params, stats=stats)
-    return optax.apply_updates(params, updates), opt_state
+  def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
+    params, opt_state = carry
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params, X[i][None], Y[i][None])
+    updates, opt_state = tx.update(grads, opt_state, params, stats=stats)
+    return (optax.apply_updates(params, updates), opt_state), None
 
-  @jax.jit
   def dice(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    found = model.apply({"params": params}, x) > 0
+    found = jax.lax.map(lambda x: model.apply({"params": params}, x[None])[0] > 0, x)
     return 2 * jnp.sum(found * y) / (jnp.sum(found) + jnp.sum(y))
 
-  def train(rate: float, seed: int) -> tuple[Any, list[Any]]:
-    params = model.init(jax.random.key(seed), x[:1])["params"]
-    opt_state, curve = method.optimizer(rate).init(params), []
-    order = np.random.default_rng(seed).permutation(VOLUMES)
-    for number, i in enumerate(order, start=1):
-      params, opt_state = step(params, opt_state, rate, x[i : i + 1], y[i : i + 1])
-      if number % (VOLUMES // PARTS) == 0:
-        curve.append(dice(params, *test))
-    return dice(params, *validation), curve
+  def part(carry: Any, order: jax.Array) -> tuple[Any, jax.Array]:
+    carry, _ = jax.lax.scan(step, carry, order)
+    return carry, dice(carry[0], *TEST)
 
-  x, y = make_volumes(0, VOLUMES)
-  validation, test = make_volumes(1, OTHERS), make_volumes(2, OTHERS)
-  scores, curves = zip(*map(train, rates, seeds), strict=True)
-  return gallery.Scores(np.array(scores), np.array(curves)[:, -1], np.array(curves))
+  order = jax.random.permutation(key, VOLUMES).reshape(PARTS, -1)
+  (params, _), curve = jax.lax.scan(part, (params, tx.init(params)), order)
+  return gallery.Scores(dice(params, *VALIDATION), curve[-1], curve)
 
 
 if __name__ == "__main__":
