@@ -57,6 +57,7 @@ def table_rows(text):
     ("defaults", ("docs/optimizers.md", "README.md"), 51),
     ("trainers", ("docs/howto/trainers.md",), 8),
     ("ahead", ("docs/performance.md",), 40),
+    ("high_rate", ("docs/diagnostics.md",), 25),
     ("accelerator", ("docs/performance.md",), 6),
   ],
 )
