@@ -103,13 +103,13 @@ class Method:
 
 
 def bnp_sgd(rate: Any) -> optax.GradientTransformation:
-  """Return the paper's method: BNP before SGD."""
-  return optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.sgd(rate))
+  """Return BNP before SGD."""
+  return optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(rate))
 
 
 def bnp_adam(rate: Any) -> optax.GradientTransformation:
   """Return Adam in BNP's coordinates."""
-  return bnp_optax.bnp(optax.adam(rate), debias=False)
+  return bnp_optax.bnp(optax.adam(rate))
 
 
 METHODS = (
