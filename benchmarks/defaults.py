@@ -14,6 +14,9 @@ settings with the highest mean over all cells, unless it is below the paper's st
 more than the range over the seeds of the paper's start there. A bound on the step is a part of the
 inner optimizer and cannot be a default.
 
+Variants of `debias` do not compete for the default: a decay of 0.9, 0.95 and 0.999, a linear
+warm-up of the learning rate over the first tenth of the steps, and a q of 1 for Muon.
+
 The images are 18,000 of CIFAR-10 to train on and 2,000 held out; the text is Python's language
 reference, of which the last tenth is held out. A learning rate is constant. `run` does not use the
 test images. `test` trains FC and CNN with SGD and Adam from five other seeds, alone and with BNP's
@@ -39,6 +42,7 @@ import os
 import pathlib
 import time
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -73,7 +77,16 @@ CORRECTED = {
   "debias, lag_guard=2": (2.0, math.inf),
   "debias, bounded step": (math.inf, 0.03),
 }
+# Variants of debias, as pairs of the decay and the part of the steps for the warm-up.
+VARIANTS = {
+  "decay 0.9": (0.9, 0.0),
+  "decay 0.95": (0.95, 0.0),
+  "decay 0.999": (0.999, 0.0),
+  "warm-up": (0.99, 0.1),
+}
 PROGRAMS = {
+  "variants": VARIANTS,
+  "q = 1": {"q = 1": (math.inf, math.inf)},
   "corrected": CORRECTED,
   "paper": {"paper": (math.inf, math.inf)},
   "alone": {"alone": (math.inf, math.inf)},
@@ -93,17 +106,16 @@ class Cell(NamedTuple):
 
 
 class Lane(NamedTuple):
-  """One training run: a learning rate, a setting and a seed."""
+  """One training run: a learning rate, the two numbers of a setting, and a seed."""
 
   rate: Any
-  guard: Any
-  bound: Any
+  setting: Any
   seed: Any
 
 
 def cells() -> Iterator[Cell]:
   """List the cells, those that decide first."""
-  for programs in (("corrected", "paper"), ("alone",)):
+  for programs in (("corrected", "paper"), ("alone",), ("variants",), ("q = 1",)):
     for batch_size, optimizer, network in itertools.product(BATCH_SIZES, RATES, NETWORKS):
       for program in programs:
         yield Cell(program, batch_size, network, optimizer)
@@ -160,24 +172,58 @@ def model_and_parameters(path: pathlib.Path, network: str) -> tuple[Any, Any]:
 
 def make_optimizer(cell: Cell, lane: Lane, layers: Any) -> Any:
   """Return the optimizer of a lane."""
+  import jax.numpy as jnp
   import optax
 
   import bnp_optax
 
+  rate = lane.rate
+  if cell.program == "variants":
+    steps = _count_steps(cell) * lane.setting[1]
+    rate = lambda count: lane.rate * jnp.minimum((count + 1) / jnp.maximum(steps, 1), 1)  # noqa: E731
   inner = {
     "sgd": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "adam": optax.adam,
     "muon": optax.contrib.muon,
-  }[cell.optimizer](lane.rate)
+  }[cell.optimizer](rate)
   if cell.program == "alone":
     return optax.with_extra_args_support(inner)
   if cell.program == "defaults":
     return bnp_optax.bnp(inner, layers=layers)
   if cell.program == "paper":
     return bnp_optax.bnp(inner, debias=False, lag_guard=None, layers=layers)
-  inner = optax.chain(inner, optax.adaptive_grad_clip(lane.bound))
-  return bnp_optax.bnp(inner, debias=True, lag_guard=lane.guard, layers=layers)
+  if cell.program == "variants":
+    return bnp_optax.bnp(inner, decay=lane.setting[0], layers=layers)
+  if cell.program == "q = 1":
+    return _without_q(bnp_optax.bnp(inner, layers=layers))
+  guard, bound = lane.setting
+  inner = optax.chain(inner, optax.adaptive_grad_clip(bound))
+  return bnp_optax.bnp(inner, debias=True, lag_guard=guard, layers=layers)
+
+
+def _without_q(tx: Any) -> Any:
+  """Return BNP with a q of 1."""
+  import jax.numpy as jnp
+  import optax
+
+  from bnp_optax import _preconditioner
+
+  make = _preconditioner.make_preconditioner
+
+  def make_without_q(*arguments: Any) -> Any:
+    p = make(*arguments)
+    return p._replace(q=jnp.ones_like(p.q))
+
+  def update(*arguments: Any, **extra: Any) -> Any:
+    with mock.patch.object(_preconditioner, "make_preconditioner", make_without_q):
+      return tx.update(*arguments, **extra)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _count_steps(cell: Cell) -> int:
+  return STEPS[cell.batch_size][cell.network[:2] in ("vi", "lm")]
 
 
 def take_step(model: Any, tx: Any, carry: Any, x: Any, y: Any) -> Any:
@@ -245,20 +291,18 @@ def measure(path: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
   data = examples(path, cell.network)
   model, parameters = model_and_parameters(path, cell.network)
   layers = find_layers(model, as_inputs(data[0][:1]))
-  steps = STEPS[cell.batch_size][cell.network[:2] in ("vi", "lm")]
+  steps = _count_steps(cell)
   orders = np.stack([_order(seed, len(data[0]), steps * cell.batch_size) for seed in SEEDS])
   orders = orders.reshape(len(SEEDS), steps, cell.batch_size)
   settings = PROGRAMS[cell.program]
   lanes = [
-    Lane(rate, guard, bound, seed)
-    for guard, bound in settings.values()
+    Lane(rate, setting, seed)
+    for setting in settings.values()
     for rate in RATES[cell.optimizer]
     for seed in range(len(SEEDS))
   ]
   stacked = Lane(*(np.asarray(x) for x in zip(*lanes, strict=True)))
-  stacked = stacked._replace(
-    **{name: np.float32(getattr(stacked, name)) for name in ("rate", "guard", "bound")}
-  )
+  stacked = stacked._replace(rate=np.float32(stacked.rate), setting=np.float32(stacked.setting))
   at_once = len(lanes)
   while cell.network != "fc" and at_once > 3 and at_once * cell.batch_size > EXAMPLES_AT_ONCE:
     at_once = max(part for part in range(1, at_once) if len(lanes) % part == 0)
@@ -266,7 +310,7 @@ def measure(path: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
 
   @jax.jit
   def run_all(lanes: Lane, parameters: Any, orders: Any, data: Any) -> Any:
-    parts = jax.tree.map(lambda x: x.reshape(-1, at_once), lanes)
+    parts = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), lanes)
     return jax.lax.map(
       lambda part: jax.vmap(lambda lane: run(lane, parameters, orders, data))(part), parts
     )
@@ -404,7 +448,7 @@ def _test(path: pathlib.Path, cell: Cell, rate: float) -> list[float]:
   dataset, (x, y, *_) = data.load("cifar10"), map(np.asarray, examples(path, cell.network))
   model, _ = model_and_parameters(path, cell.network)
   layers = find_layers(model, as_inputs(x[:1]))
-  tx = make_optimizer(cell, Lane(rate, math.inf, math.inf, 0), layers)
+  tx = make_optimizer(cell, Lane(rate, (math.inf, math.inf), 0), layers)
   step = jax.jit(functools.partial(take_step, model, tx), donate_argnums=0)
   classify = jax.jit(lambda p, x: model.apply({"params": p}, as_inputs(x), train=False).argmax(-1))
   steps, accuracies = STEPS[cell.batch_size][0], []
@@ -503,6 +547,14 @@ def report(records: pathlib.Path) -> None:
   for key in best:
     if key[0] in ("fc", "cnn") and key[1] in ("sgd", "adam") and key[2] in (1, 60, 512):
       row = [str(widths[key].get(name, "")) for name in NAMES]
+      print(f"| {_label(*key)} | {' | '.join(row)} |")
+
+  print("\n| variants of debias | " + " | ".join(("debias", *VARIANTS, "q = 1")) + " |")
+  print("| --- |" + " --: |" * (2 + len(VARIANTS)))
+  for key, found in best.items():
+    if found.keys() & {*VARIANTS, "q = 1"}:
+      names = ("debias", *VARIANTS, "q = 1")
+      row = [f"{found[name].mean():.1f}" if name in found else "" for name in names]
       print(f"| {_label(*key)} | {' | '.join(row)} |")
 
   print("\n| one rate for 1, 60 and 512 | " + " | ".join(NAMES) + " |")
