@@ -185,12 +185,12 @@ class RunningStatistics:
       new = self._advance(layer, *old, batch=batch)
       # The check and step 3 share one reduction, the largest variance.
       checked = jnp.where(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), new[1], jnp.inf)
-      finite = jnp.max(checked, axis=-1, keepdims=True) < jnp.inf
+      shape = leaves[i].shape
+      largest = [_largest(layer.layout, shape, sigma2) for sigma2 in (checked, old[1])]
+      finite = largest[0].reshape(*checked.shape[:-1], -1).max(axis=-1, keepdims=True) < jnp.inf
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
       for field, x, y in zip(fields, new, old, strict=True):
         field[i] = jnp.where(finite, x, y)
-      shape = leaves[i].shape
-      largest = [_largest(layer.layout, shape, sigma2) for sigma2 in (checked, old[1])]
       largest = jnp.where(layer.layout.scalars_to_canonical(finite), *largest)
       preconditioners.append(
         self._make_preconditioner(layer, shape, mean[i], variance[i], largest, batch)
