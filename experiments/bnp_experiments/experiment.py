@@ -39,6 +39,7 @@ class Experiment:
     images: Number of training images, drawn class by class; None for all.
     test_images: Number of test images; None for all.
     timed: Whether the time of a step is measured.
+    untimed: Names of the methods whose time is not measured.
     augment: Name of the augmentation of the training images; None for none.
     decays: Epochs after which the learning rate is divided by ten.
     picture: Kind of picture: `curves` against epochs, `rates`, `batch_sizes`, `times`, or
@@ -66,6 +67,7 @@ class Experiment:
   images: int | None = None
   test_images: int | None = None
   timed: bool = False
+  untimed: tuple[str, ...] = ()
   augment: str | None = None
   decays: tuple[int, ...] = ()
   picture: str = "curves"
@@ -102,6 +104,11 @@ class Experiment:
   def selection_length(self) -> int:
     """Number of epochs of the trials that select the rate."""
     return min(self.selection_epochs or self.length, self.length)
+
+  @property
+  def timed_methods(self) -> list[Method]:
+    """The methods whose time of a step is measured."""
+    return [method for method in self.methods if method.name not in self.untimed]
 
   @property
   def seed_list(self) -> list[int]:
@@ -156,7 +163,7 @@ class Experiment:
 
   def time_settings(self, batch_size: int) -> dict[str, Any]:
     """Return the settings of the measured times of a step."""
-    methods = [method.name for method in self.methods]
+    methods = [method.name for method in self.timed_methods]
     return self._settings("step_time", batch_size) | {"methods": methods}
 
   def conditioning_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:

@@ -303,7 +303,9 @@ def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
   if best.max() > _CROWDED:
     axes.set_yscale("logit")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(FixedLocator([0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995]))
+    axes.yaxis.set_major_locator(
+      FixedLocator([0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995])
+    )
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 

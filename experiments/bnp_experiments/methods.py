@@ -139,7 +139,6 @@ BNP_ADAM = Method("bnp_adam", "bnp(Adam)", "#D55E00", "h", optax.adam, "around")
 ADAMW = Method("adamw", "AdamW", "#661100", "1", optax.adamw)
 BNP_ADAMW = Method("bnp_adamw", "bnp(AdamW)", "#56B4E9", "d", optax.adamw, "around")
 MUON = Method("muon", "Muon", "#CC79A7", "2", optax.contrib.muon)
-BNP_MUON = Method("bnp_muon", "bnp(Muon)", "#AA4499", "p", optax.contrib.muon, "around")
 CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#661100", "*", _clipped_sgd)
 BATCHRENORM = Method(
   "batchrenorm", "Batch Renorm", "#882255", "8", optax.sgd, norm=models.batch_renorm
@@ -151,6 +150,14 @@ BNP_GROUPNORM = Method(
 ADAM_BATCHNORM = Method(
   "adam_batchnorm", "BatchNorm, Adam", "#882255", "X", optax.adam, norm=models.batch_norm
 )
+# BNP with its default start of the running statistics, beside the paper's start.
+BNP_DEBIAS = Method("bnp_debias", "BNP, debias", "#332288", "p", optax.sgd, "before", debias=True)
+BNP_ADAM_DEBIAS = Method(
+  "bnp_adam_debias", "bnp(Adam), debias", "#117733", "H", optax.adam, "around", debias=True
+)
+BNP_MUON_DEBIAS = Method(
+  "bnp_muon_debias", "bnp(Muon), debias", "#DDCC77", "X", optax.contrib.muon, "around", debias=True
+)
 # Ghost batches where the batch is large, groups of channels where it is small.
 FOUR_THINGS = Method(
   *("four_things", "BatchNorm with 4 things", "#56B4E9", "v", _four_things_adam),
@@ -161,6 +168,7 @@ FOUR_THINGS_SMALL = dataclasses.replace(
 )
 
 _ALL = [SGD, BATCHNORM, LAYERNORM, BNP, MOMENTUM, BNP_CHAIN_MOMENTUM, BNP_MOMENTUM, ADAM]
-_ALL += [BNP_CHAIN_ADAM, BNP_ADAM, ADAMW, BNP_ADAMW, MUON, BNP_MUON, CLIPPED_SGD, BATCHRENORM]
+_ALL += [BNP_CHAIN_ADAM, BNP_ADAM, ADAMW, BNP_ADAMW, MUON, CLIPPED_SGD, BATCHRENORM]
 _ALL += [GROUPNORM, BNP_GROUPNORM, ADAM_BATCHNORM, FOUR_THINGS]
+_ALL += [BNP_DEBIAS, BNP_ADAM_DEBIAS, BNP_MUON_DEBIAS]
 METHODS = {method.name: method for method in _ALL}

@@ -35,7 +35,7 @@ def run(trainer: Trainer) -> None:
       _measure_conditioning(trainer, variant, batch_size, rates[method, batch_size])
   if experiment.timed:
     for batch_size in experiment.batch_sizes:
-      _time_steps(trainer, batch_size, {m: rates[m, batch_size] for m in experiment.methods})
+      _time_steps(trainer, batch_size, {m: rates[m, batch_size] for m in experiment.timed_methods})
 
 
 def _train_and_test(trainer: Trainer, method: Method, batch_size: int, rate: float) -> None:

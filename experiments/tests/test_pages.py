@@ -6,7 +6,7 @@ import re
 
 from bnp_experiments import report
 from bnp_experiments.catalogue import EXPERIMENTS
-from bnp_experiments.methods import SGD
+from bnp_experiments.methods import METHODS, SGD
 from bnp_experiments.outcomes import find
 from bnp_experiments.results import FILE, read_results
 from bnp_experiments.step_time.cells import cells
@@ -16,6 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "notebooks" / "results"
 COMPARED = ("sgd", "batchnorm", "layernorm", "adam", "muon", "bnp", "bnp_adam")
+COMPARED += ("bnp_debias", "bnp_adam_debias")
 
 
 def outcomes(name):
@@ -55,8 +56,9 @@ def test_the_comparison_has_the_accuracies(name):
   _, gathered = outcomes(name)
   for method in COMPARED:
     found = [find(gathered, method, size) for size in (1, 6, 60, 512)]
-    label = f"**{found[0].method.label}**" if "bnp" in method else found[0].method.label
-    cells = (f"{100 * o.final.mean():.1f} at {o.rate:g}" for o in found)
+    label = METHODS[method].label
+    label = f"**{label}**" if "bnp" in method else label
+    cells = (f"{100 * o.final.mean():.1f} at {o.rate:g}" if o else "not run" for o in found)
     line = f"| {label} | {' | '.join(cells)} |"
     assert line in page("docs/comparison.md"), line
 
@@ -99,7 +101,12 @@ def test_the_gallery_has_the_tables_of_the_examples(path):
 
 
 @pytest.mark.parametrize(
-  ("title", "name"), [("federated averaging", "federated"), ("padded graph network", "graph")]
+  ("title", "name"),
+  [
+    ("federated averaging", "federated"),
+    ("padded graph network", "graph"),
+    ("transformer on characters", "characters"),
+  ],
 )
 def test_the_gallery_counts_the_seeds_that_are_better(title, name):
   path = RESULTS / f"gallery-{name}" / FILE

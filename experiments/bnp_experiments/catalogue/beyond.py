@@ -75,15 +75,21 @@ BATCH_SIZES_FC = Experiment(
     methods.BNP_ADAM,
     methods.CLIPPED_SGD,
     methods.MUON,
+    methods.BNP_DEBIAS,
+    methods.BNP_ADAM_DEBIAS,
+    methods.BNP_MUON_DEBIAS,
   ),
   rates=FOUR_DECADES,
   epochs=20,
   seeds=5,
   timed=True,
+  # Their steps cost what those with the paper's start do.
+  untimed=("bnp_debias", "bnp_adam_debias", "bnp_muon_debias"),
   picture="batch_sizes",
   panels=(
     ("sgd", "batchnorm", "layernorm", "bnp", "bnp_adam", "clipped_sgd"),
     ("bnp", "adam", "adamw", "bnp_adam", "muon"),
+    ("adam", "muon", "bnp_debias", "bnp_adam_debias", "bnp_muon_debias"),
   ),
   target=0.35,
   claims=(
@@ -95,6 +101,22 @@ BATCH_SIZES_FC = Experiment(
     ),
     Claim("bnp(Adam) ends above BNP at batch size 1", better("bnp_adam", "bnp", batch_size=1)),
     Claim("bnp(Adam) ends above BNP at batch size 512", better("bnp_adam", "bnp", batch_size=512)),
+    Claim(
+      "BNP with debias ends above BNP with the paper's start at batch size 512",
+      better("bnp_debias", "bnp", batch_size=512),
+    ),
+    Claim(
+      "bnp(Adam) with debias ends above bnp(Adam) with the paper's start at batch size 512",
+      better("bnp_adam_debias", "bnp_adam", batch_size=512),
+    ),
+    Claim(
+      "BNP with debias ends where BNP with the paper's start does at batch size 1",
+      comparable("bnp_debias", "bnp", batch_size=1),
+    ),
+    Claim(
+      "bnp(Adam) with debias ends above Muon at batch size 60",
+      better("bnp_adam_debias", "muon", batch_size=60),
+    ),
   ),
 )
 BATCH_SIZES_FC = dataclasses.replace(
@@ -115,6 +137,8 @@ BATCH_SIZES_CNN = dataclasses.replace(
   name="batch-sizes-cnn",
   title="CNN on CIFAR-10 at every batch size, and at every learning rate",
   network=CNN(),
+  methods=BATCH_SIZES_FC.methods[:-1],
+  panels=(*BATCH_SIZES_FC.panels[:2], ("adam", "muon", "bnp_debias", "bnp_adam_debias")),
   scales={
     "smoke": BATCH_SIZES_FC.scales["smoke"],
     "laptop": {"epochs": 3, "seeds": 2, "images": 5_000},
