@@ -126,7 +126,14 @@ BATCH_SIZES_FC = dataclasses.replace(
     | {
       "batch_sizes": (1, 60, 512),
       "images": 600,
-      "methods": (methods.BNP, methods.ADAM, methods.BNP_ADAM),
+      "methods": (
+        methods.BNP,
+        methods.ADAM,
+        methods.BNP_ADAM,
+        methods.MUON,
+        methods.BNP_DEBIAS,
+        methods.BNP_ADAM_DEBIAS,
+      ),
     },
     "laptop": {"epochs": 5, "selection_epochs": 3, "seeds": 3, "images": 10_000},
   },
