@@ -3,12 +3,12 @@
 Measures: kernels, bytes, memory, collectives, the TPU compiler's estimate of cycles, and the time
 to compile, of a step of SGD, BatchNorm, BNP, Adam, bnp(Adam) and Muon.
 Command: `tpu/bin/python benchmarks/ahead.py v5e v6e`, `cuda/bin/python benchmarks/ahead.py h100`,
-some ten minutes each. Without a target it prints the records.
+some ten minutes each. Without a target it prints the records;
+`--figure` draws them.
 Quoted by: docs/performance.md, "On GPU and TPU".
 
 The records are in `records/ahead.jsonl`; what it has is not compiled again. The compilers are
-packages, for
-separate environments. They need neither hardware nor drivers:
+packages for separate environments. They need neither hardware nor drivers:
 
 python -m venv tpu && tpu/bin/pip install -e . 'jax[tpu]==0.10.2'
 python -m venv cuda && cuda/bin/pip install -e . jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
