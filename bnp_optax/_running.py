@@ -115,6 +115,7 @@ class RunningStatistics:
   eps_absolute: ArrayLike
   debias: bool
   lag_guard: ArrayLike | None
+  scale_layers: bool
   layers: Layouts | None
 
   def __post_init__(self) -> None:
@@ -249,6 +250,8 @@ class RunningStatistics:
       jnp.asarray(self.eps_absolute, mu.dtype),
       largest,
     )
+    if not self.scale_layers:
+      p = p._replace(q=jnp.ones_like(p.q))
     # Without a bias nothing is centred, so that no mean can lag.
     if self.lag_guard is None or layer.bias is None:
       return p

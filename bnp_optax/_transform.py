@@ -22,6 +22,7 @@ def scale_by_bnp(
   *,
   debias: bool = True,
   lag_guard: ArrayLike | None = None,
+  scale_layers: bool = True,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Precondition gradients as batch normalization would, without a layer in the network.
@@ -85,6 +86,8 @@ def scale_by_bnp(
       of :math:`(\mu_H - \mu)^2 / \tilde\sigma^2` over the :math:`n` inputs of one output, and
       :math:`R` is the number of rows of the batch. It prevents divergence where a step moves the
       inputs of a layer faster than its running mean follows. Not in the paper.
+    scale_layers: Whether the step of each layer is divided by :math:`q^2`, which gives the Hessian
+      blocks of all layers the same norm. False sets :math:`q = 1`.
     layers: Layouts of the kernels, as `bnp_optax.linen.layers` or `bnp_optax.nnx.layers` returns
       them. None for Dense and Conv by convention: a leaf named ``kernel`` with features at axis -2,
       outputs at axis -1 and the window before, and an optional leaf named ``bias`` beside it.
@@ -105,7 +108,9 @@ def scale_by_bnp(
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
     <https://jmlr.org/papers/v23/20-1135.html>`_, JMLR 23(72), 2022: section 3.3 and 4.
   """
-  running = RunningStatistics(decay, eps_relative, eps_absolute, debias, lag_guard, layers)
+  running = RunningStatistics(
+    decay, eps_relative, eps_absolute, debias, lag_guard, scale_layers, layers
+  )
 
   def update_fn(
     updates: optax.Updates,
@@ -142,6 +147,7 @@ def bnp(
   *,
   debias: bool = True,
   lag_guard: ArrayLike | None = None,
+  scale_layers: bool = True,
   layers: Layouts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Run any optimizer on :math:`z`, where :math:`\theta = P z` and :math:`P` is BNP's.
@@ -189,6 +195,9 @@ def bnp(
     eps_absolute: As in `bnp_optax.scale_by_bnp`.
     debias: As in `bnp_optax.scale_by_bnp`.
     lag_guard: As in `bnp_optax.scale_by_bnp`. The guard divides the step that is mapped back.
+    scale_layers: As in `bnp_optax.scale_by_bnp`. An inner optimizer that ignores the scale of its
+      gradient makes steps of :math:`1/q` instead of :math:`1/q^2`. Use False with `optax.contrib.
+      muon`, which sets the scale of each layer's step itself.
     layers: As in `bnp_optax.scale_by_bnp`.
 
   Returns:
@@ -205,7 +214,9 @@ def bnp(
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
     <https://jmlr.org/papers/v23/20-1135.html>`_, JMLR 23(72), 2022: equations 7, 8 and 15.
   """
-  running = RunningStatistics(decay, eps_relative, eps_absolute, debias, lag_guard, layers)
+  running = RunningStatistics(
+    decay, eps_relative, eps_absolute, debias, lag_guard, scale_layers, layers
+  )
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> BnpState:

@@ -52,11 +52,12 @@ def gradients(model, params, batch, loss=squared_error):
   return to_numpy(grads), to_numpy(calls)
 
 
-def bnp(inner=None, **hyperparameters):
+def bnp(inner=None, *, scale_layers=True, **hyperparameters):
   """Return the optimizer P inner(P^T g, P^-1 theta), whose `update` takes `calls`.
 
   Args:
     inner: The inner optimizer; None for plain gradients, P P^T g.
+    scale_layers: False for q = 1.
     **hyperparameters: `rho`, `eps_1` and `eps_2` of `tests.oracle`.
   """
   inner = optax.with_extra_args_support(optax.identity() if inner is None else inner)
@@ -84,7 +85,7 @@ def bnp(inner=None, **hyperparameters):
     _, _, mu, sigma2 = oracle.algorithm_3(
       h, positions, layer["kernel"], layer.get("bias"), mu, sigma2, **hyperparameters
     )
-    q2 = max(window * features / len(h), math.sqrt(positions))
+    q2 = max(window * features / len(h), math.sqrt(positions)) if scale_layers else 1.0
     epsilons = {k: v for k, v in hyperparameters.items() if k != "rho"}
     P = oracle.explicit_matrices(mu, sigma2, window, q2, **epsilons)
     return (mu, sigma2), P if "bias" in layer else P[1:, 1:]

@@ -72,12 +72,15 @@ class Vanilla(nn.Module):
     return h
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_it_is_the_inner_optimizer_on_the_batchnorm_network(name):
-  """Proposition 7 for any optimizer, over 50 steps with frozen statistics."""
+@pytest.mark.parametrize(
+  ("name", "rows", "scale_layers"),
+  [*((name, 8, True) for name in INNER), ("adam", 2, False), ("muon", 2, False)],
+)
+def test_it_is_the_inner_optimizer_on_the_batchnorm_network(name, rows, scale_layers):
+  """Proposition 7 for any optimizer, over 50 steps with frozen statistics, where q is 1."""
   with jax.enable_x64(True):
     rng = np.random.default_rng(0)
-    batches = [(rng.normal(2, 1, (8, 4)), rng.normal(size=(8, 3))) for _ in range(50)]
+    batches = [(rng.normal(2, 1, (rows, 4)), rng.normal(size=(rows, 3))) for _ in range(50)]
     mu = [jnp.asarray(rng.normal(size=n)) for n in (4, 6, 5)]
     sigma2 = [jnp.asarray(rng.lognormal(size=n)) for n in (4, 6, 5)]
     sigma = [jnp.sqrt(s + 1e-2 * jnp.max(s) + 1e-4) for s in sigma2]
@@ -97,7 +100,8 @@ def test_it_is_the_inner_optimizer_on_the_batchnorm_network(name):
       f"layer_{i}": {"kernel": rng.normal(size=(n, m)) / np.sqrt(n), "bias": np.zeros(m)}
       for i, (n, m) in enumerate(((4, 6), (6, 5), (5, 3)))
     }
-    inner, tx = INNER[name], bnp_optax.bnp(INNER[name], decay=1 - 1e-16, debias=False)
+    inner = INNER[name]
+    tx = bnp_optax.bnp(inner, decay=1 - 1e-16, debias=False, scale_layers=scale_layers)
     params = fold(theta)
     state = tx.init(params)
     # The statistics are set, and a decay of almost 1 keeps them, to the last digit.

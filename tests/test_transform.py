@@ -1,5 +1,7 @@
 """`scale_by_bnp`: parameters that pass through, hyperparameters, and their errors."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -71,6 +73,23 @@ def test_hyperparameters_may_be_arrays_and_schedules(mlp):
   for tx in (fixed, arrays, schedules):
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), stats=stats)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inner", [None, optax.sgd(0.01)])
+def test_layers_without_the_scale_q(inner):
+  params, batch = problems.make(problems.CNN(), (2, 8, 8, 3))
+  grads, stats = problems.grads_and_stats(problems.CNN(), params, batch)
+  make = bnp_optax.scale_by_bnp if inner is None else functools.partial(bnp_optax.bnp, inner)
+  tx = make(debias=False, scale_layers=False)
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)
+
+  paper = reference.bnp(inner, scale_layers=False)
+  _, calls = reference.gradients(problems.CNN(), params, batch)
+  to_numpy = lambda tree: jax.tree.map(np.asarray, tree)
+  expected, _ = paper.update(
+    to_numpy(grads), paper.init(to_numpy(params)), to_numpy(params), calls=calls
+  )
+  chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
 
 
 # Errors.
