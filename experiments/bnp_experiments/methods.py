@@ -58,6 +58,7 @@ class Method:
     bnp: "before" for BNP before the optimizer in a chain, "around" for the optimizer inside
       `bnp_optax.bnp`; None for no BNP.
     debias: Whether BNP removes the bias of the initial running statistics.
+    scale_layers: Whether BNP divides by the paper's q; q is 1 otherwise.
     norm: Function that returns a normalization layer; None for no normalization.
     network: Other changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
@@ -78,6 +79,7 @@ class Method:
   warmup: Warmup | None = None
   variants: tuple["Method", ...] = ()
   debias: bool = False
+  scale_layers: bool = True
 
   def make_optimizer(
     self, rate: Rate, layers: bnp_optax.Layers
@@ -86,10 +88,11 @@ class Method:
     inner = self.optimizer(rate)
     if self.weight_decay:
       inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
+    settings = {"debias": self.debias, "scale_layers": self.scale_layers, "layers": layers}
     if self.bnp == "before":
-      return optax.chain(bnp_optax.scale_by_bnp(debias=self.debias, layers=layers), inner)
+      return optax.chain(bnp_optax.scale_by_bnp(**settings), inner)
     if self.bnp == "around":
-      return bnp_optax.bnp(inner, debias=self.debias, layers=layers)
+      return bnp_optax.bnp(inner, **settings)
     return optax.with_extra_args_support(inner)
 
   def adapt(self, network: nn.Module) -> nn.Module:
@@ -158,6 +161,14 @@ BNP_ADAM_DEBIAS = Method(
 BNP_MUON_DEBIAS = Method(
   "bnp_muon_debias", "bnp(Muon), debias", "#DDCC77", "X", optax.contrib.muon, "around", debias=True
 )
+BNP_MUON_UNSCALED = dataclasses.replace(
+  BNP_MUON_DEBIAS,
+  name="bnp_muon_unscaled",
+  label="bnp(Muon), debias, q = 1",
+  colour="#9664FA",
+  marker="*",
+  scale_layers=False,
+)
 # Ghost batches where the batch is large, groups of channels where it is small.
 FOUR_THINGS = Method(
   *("four_things", "BatchNorm with 4 things", "#56B4E9", "v", _four_things_adam),
@@ -170,5 +181,5 @@ FOUR_THINGS_SMALL = dataclasses.replace(
 _ALL = [SGD, BATCHNORM, LAYERNORM, BNP, MOMENTUM, BNP_CHAIN_MOMENTUM, BNP_MOMENTUM, ADAM]
 _ALL += [BNP_CHAIN_ADAM, BNP_ADAM, ADAMW, BNP_ADAMW, MUON, CLIPPED_SGD, BATCHRENORM]
 _ALL += [GROUPNORM, BNP_GROUPNORM, ADAM_BATCHNORM, FOUR_THINGS]
-_ALL += [BNP_DEBIAS, BNP_ADAM_DEBIAS, BNP_MUON_DEBIAS]
+_ALL += [BNP_DEBIAS, BNP_ADAM_DEBIAS, BNP_MUON_DEBIAS, BNP_MUON_UNSCALED]
 METHODS = {method.name: method for method in _ALL}

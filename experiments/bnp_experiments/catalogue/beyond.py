@@ -78,18 +78,19 @@ BATCH_SIZES_FC = Experiment(
     methods.BNP_DEBIAS,
     methods.BNP_ADAM_DEBIAS,
     methods.BNP_MUON_DEBIAS,
+    methods.BNP_MUON_UNSCALED,
   ),
   rates=FOUR_DECADES,
   epochs=20,
   seeds=5,
   timed=True,
   # Their steps cost what those with the paper's start do.
-  untimed=("bnp_debias", "bnp_adam_debias", "bnp_muon_debias"),
+  untimed=("bnp_debias", "bnp_adam_debias", "bnp_muon_debias", "bnp_muon_unscaled"),
   picture="batch_sizes",
   panels=(
     ("sgd", "batchnorm", "layernorm", "bnp", "bnp_adam", "clipped_sgd"),
     ("bnp", "adam", "adamw", "bnp_adam", "muon"),
-    ("adam", "muon", "bnp_debias", "bnp_adam_debias", "bnp_muon_debias"),
+    ("adam", "muon", "bnp_debias", "bnp_adam_debias", "bnp_muon_debias", "bnp_muon_unscaled"),
   ),
   target=0.35,
   claims=(
@@ -117,6 +118,14 @@ BATCH_SIZES_FC = Experiment(
       "bnp(Adam) with debias ends above Muon at batch size 60",
       better("bnp_adam_debias", "muon", batch_size=60),
     ),
+    Claim(
+      "bnp(Muon) with debias and q = 1 ends above Muon at batch size 60",
+      better("bnp_muon_unscaled", "muon", batch_size=60),
+    ),
+    Claim(
+      "bnp(Muon) with debias ends higher with q = 1 than with the paper's q at batch size 60",
+      better("bnp_muon_unscaled", "bnp_muon_debias", batch_size=60),
+    ),
   ),
 )
 BATCH_SIZES_FC = dataclasses.replace(
@@ -133,6 +142,8 @@ BATCH_SIZES_FC = dataclasses.replace(
         methods.MUON,
         methods.BNP_DEBIAS,
         methods.BNP_ADAM_DEBIAS,
+        methods.BNP_MUON_DEBIAS,
+        methods.BNP_MUON_UNSCALED,
       ),
     },
     "laptop": {"epochs": 5, "selection_epochs": 3, "seeds": 3, "images": 10_000},
@@ -144,7 +155,8 @@ BATCH_SIZES_CNN = dataclasses.replace(
   name="batch-sizes-cnn",
   title="CNN on CIFAR-10 at every batch size, and at every learning rate",
   network=CNN(),
-  methods=BATCH_SIZES_FC.methods[:-1],
+  methods=BATCH_SIZES_FC.methods[:-2],
+  claims=BATCH_SIZES_FC.claims[:-2],
   panels=(*BATCH_SIZES_FC.panels[:2], ("adam", "muon", "bnp_debias", "bnp_adam_debias")),
   scales={
     "smoke": BATCH_SIZES_FC.scales["smoke"],
@@ -158,7 +170,7 @@ def _layer_norm(train: bool) -> nn.Module:
   return nn.LayerNorm()
 
 
-_ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW = (
+_ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW, _BNP_ADAM_DEBIAS, _BNP_MUON_UNSCALED = (
   dataclasses.replace(method, norm=_layer_norm)
   for method in (
     methods.ADAM,
@@ -166,6 +178,8 @@ _ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW = (
     methods.MUON,
     methods.BNP_ADAM,
     methods.BNP_ADAMW,
+    methods.BNP_ADAM_DEBIAS,
+    methods.BNP_MUON_UNSCALED,
   )
 )
 _ADAM_PLAIN = dataclasses.replace(
@@ -178,6 +192,13 @@ _BNP_ADAM_PLAIN = dataclasses.replace(
   colour="#DDCC77",
   marker="o",
 )
+_BNP_ADAM_DEBIAS_PLAIN = dataclasses.replace(
+  methods.BNP_ADAM_DEBIAS,
+  name="bnp_adam_debias_plain",
+  label="bnp(Adam), debias, no LayerNorm",
+  colour="#321996",
+  marker="p",
+)
 
 VIT = Experiment(
   name="vit",
@@ -185,7 +206,18 @@ VIT = Experiment(
   network=transformers.ViT(),
   dataset="cifar10",
   batch_sizes=(64, 4),
-  methods=(_ADAM, _ADAMW, _MUON, _BNP_ADAM, _BNP_ADAMW, _ADAM_PLAIN, _BNP_ADAM_PLAIN),
+  methods=(
+    _ADAM,
+    _ADAMW,
+    _MUON,
+    _BNP_ADAM,
+    _BNP_ADAMW,
+    _ADAM_PLAIN,
+    _BNP_ADAM_PLAIN,
+    _BNP_ADAM_DEBIAS,
+    _BNP_ADAM_DEBIAS_PLAIN,
+    _BNP_MUON_UNSCALED,
+  ),
   rates=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03),
   epochs=30,
   seeds=5,
@@ -203,6 +235,18 @@ VIT = Experiment(
     Claim(
       "bnp(Adam) without LayerNorm ends where Adam with it does, at batch size 64",
       comparable("bnp_adam_plain", "adam", batch_size=64),
+    ),
+    Claim(
+      "bnp(Adam) ends higher with debias than with the paper's start, at batch size 64",
+      better("bnp_adam_debias", "bnp_adam", batch_size=64),
+    ),
+    Claim(
+      "Without LayerNorm, bnp(Adam) ends higher with debias, at batch size 64",
+      better("bnp_adam_debias_plain", "bnp_adam_plain", batch_size=64),
+    ),
+    Claim(
+      "bnp(Muon) with debias and q = 1 ends above Muon at batch size 64",
+      better("bnp_muon_unscaled", "muon", batch_size=64),
     ),
   ),
   scales={
