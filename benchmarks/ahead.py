@@ -47,6 +47,8 @@ CELLS = (
   "fc4096-4096:60:f32",
   "cnn:128:f32",
   "resnet18:64:f32",
+  "resnet50:64:f32",
+  "vit-b:64:bf16",
   "gpt2:8:bf16",
 )
 # The steps that are split over chips, with the number of chips, and how they are split: the batch

@@ -42,14 +42,19 @@ class ConvolutionalNetwork(nn.Module):
     return nn.Dense(10, dtype=self.dtype)(h).astype(jnp.float32)
 
 
-class ResNet18(nn.Module):
-  """ResNet-18 for ImageNet. Convolutions have biases in the network without BatchNorm.
+class ResNet(nn.Module):
+  """A ResNet for ImageNet. Convolutions have biases in the network without BatchNorm.
 
   Attributes:
+    blocks: Number of blocks of each stage.
+    bottleneck: Whether a block has convolutions of 1 x 1, 3 x 3 and 1 x 1, with four times as many
+      filters in the last one, and not two of 3 x 3.
     batch_norm: Whether BatchNorm follows each convolution.
     dtype: Dtype of the activations.
   """
 
+  blocks: tuple[int, ...]
+  bottleneck: bool = False
   batch_norm: bool = False
   dtype: Any = jnp.float32
 
@@ -60,19 +65,29 @@ class ResNet18(nn.Module):
     conv = functools.partial(nn.Conv, use_bias=not self.batch_norm, dtype=self.dtype)
     h = nn.relu(norm(conv(64, (7, 7), 2)(h)))
     h = nn.max_pool(h, (3, 3), (2, 2), "SAME")
-    for stage in range(4):
+    for stage, blocks in enumerate(self.blocks):
       filters = 64 * 2**stage
-      for number in range(2):
+      outputs = 4 * filters if self.bottleneck else filters
+      for number in range(blocks):
         stride = 2 if stage and not number else 1
-        x = h if stride == 1 else norm(conv(filters, (1, 1), stride)(h))
+        same = stride == 1 and h.shape[-1] == outputs
+        x = h if same else norm(conv(outputs, (1, 1), stride)(h))
+        if self.bottleneck:
+          h = nn.relu(norm(conv(filters, (1, 1))(h)))
         h = nn.relu(norm(conv(filters, (3, 3), stride)(h)))
-        h = nn.relu(x + norm(conv(filters, (3, 3))(h)))
+        h = nn.relu(x + norm(conv(outputs, (1, 1) if self.bottleneck else (3, 3))(h)))
     return nn.Dense(1000, dtype=self.dtype)(h.mean((1, 2))).astype(jnp.float32)
 
 
 class TransformerBlock(nn.Module):
-  """A block of GPT-2: causal attention with 12 heads and a hidden layer, both after LayerNorm."""
+  """A block of GPT-2 or of ViT: attention with 12 heads and a hidden layer, both after LayerNorm.
 
+  Attributes:
+    causal: Whether a token attends to itself and those before it alone.
+    dtype: Dtype of the activations.
+  """
+
+  causal: bool
   dtype: Any
 
   @nn.compact
@@ -82,7 +97,7 @@ class TransformerBlock(nn.Module):
     x = nn.LayerNorm(dtype=self.dtype)(h)
     x = nn.Dense(3 * width, dtype=self.dtype)(x).reshape(*h.shape[:2], 3, 12, width // 12)
     query, key, value = jnp.moveaxis(x, 2, 0)
-    x = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="xla")
+    x = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal, implementation="xla")
     h = h + nn.Dense(width, dtype=self.dtype)(x.reshape(h.shape))
     x = nn.Dense(4 * width, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(h))
     return h + nn.Dense(width, dtype=self.dtype)(nn.gelu(x)), None
@@ -108,15 +123,41 @@ class Gpt2(nn.Module):
     """Return the logits of each next token."""
     h = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
     h = h + nn.Embed(tokens.shape[1], self.width, dtype=self.dtype)(jnp.arange(tokens.shape[1]))
-    blocks = nn.scan(
-      nn.remat(TransformerBlock, prevent_cse=False),
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
-      length=self.depth,
-    )
-    h, _ = blocks(self.dtype)(h, None)
-    h = nn.LayerNorm(dtype=self.dtype)(h)
+    h = _blocks(self.depth, causal=True, dtype=self.dtype)(h)
     return nn.Dense(self.vocabulary, dtype=self.dtype)(h).astype(jnp.float32)
+
+
+class Vit(nn.Module):
+  """A vision transformer with its blocks in one loop, recomputed in the backward pass.
+
+  Attributes:
+    depth: Number of blocks.
+    width: Width of the residual stream.
+    dtype: Dtype of the activations.
+  """
+
+  depth: int = 12
+  width: int = 768
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Return the logits of a batch of images."""
+    h = nn.Conv(self.width, (16, 16), 16, dtype=self.dtype)(images)
+    h = h.reshape(len(h), -1, self.width)
+    h = h + nn.Embed(h.shape[1], self.width, dtype=self.dtype)(jnp.arange(h.shape[1]))
+    h = _blocks(self.depth, causal=False, dtype=self.dtype)(h)
+    return nn.Dense(1000, dtype=self.dtype)(h.mean(axis=1)).astype(jnp.float32)
+
+
+def _blocks(depth: int, *, causal: bool, dtype: Any) -> Callable[[jax.Array], jax.Array]:
+  blocks = nn.scan(
+    nn.remat(TransformerBlock, prevent_cse=False),
+    variable_axes={"params": 0, "intermediates": 0},
+    split_rngs={"params": True},
+    length=depth,
+  )
+  return lambda h: nn.LayerNorm(dtype=dtype)(blocks(causal, dtype)(h, None)[0])
 
 
 def _norm(batch_norm: bool, dtype: Any) -> Callable[[jax.Array], jax.Array]:
@@ -142,6 +183,9 @@ class Cell(NamedTuple):
   methods: tuple[str, ...]
 
 
+_RESNETS = {"resnet18": ((2, 2, 2, 2), False), "resnet50": ((3, 4, 6, 3), True)}
+
+
 def make_cell(name: str) -> Cell:
   """Return the cell of a name ``network:batch:dtype``, for example ``fc4096-4096:60:f32``."""
   network, batch, dtype_name = name.split(":")
@@ -158,8 +202,15 @@ def make_cell(name: str) -> Cell:
     shape, model = (*shape, 3072), functools.partial(FullyConnected, widths, dtype=dtype)
   elif network == "cnn":
     shape, model = (*shape, 32, 32, 3), functools.partial(ConvolutionalNetwork, dtype=dtype)
+  elif network == "vit-b":
+    methods.remove("BatchNorm")
+    shape, model = (*shape, 224, 224, 3), lambda batch_norm: Vit(dtype=dtype)
   else:
-    shape, model = (*shape, 224, 224, 3), functools.partial(ResNet18, dtype=dtype)
+    # Muon orthogonalizes no kernel of a ResNet but the last.
+    methods.remove("Muon")
+    blocks, bottleneck = _RESNETS[network]
+    shape = (*shape, 224, 224, 3)
+    model = functools.partial(ResNet, blocks, bottleneck, dtype=dtype)
   return Cell(
     lambda batch_norm: model(batch_norm=batch_norm),
     jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -168,7 +219,13 @@ def make_cell(name: str) -> Cell:
   )
 
 
-_NETWORK_NAMES = {"cnn": "CNN", "resnet18": "ResNet-18", "gpt2": "GPT-2 small"}
+_NETWORK_NAMES = {
+  "cnn": "CNN",
+  "resnet18": "ResNet-18",
+  "resnet50": "ResNet-50",
+  "vit-b": "ViT-B",
+  "gpt2": "GPT-2 small",
+}
 
 
 def describe(name: str) -> str:
