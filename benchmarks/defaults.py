@@ -271,7 +271,7 @@ def measure(path: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
   model, parameters = model_and_parameters(path, cell.network)
   layers = find_layers(model, as_inputs(data[0][:1]))
   steps = _count_steps(cell)
-  orders = np.stack([_order(seed, len(data[0]), steps * cell.batch_size) for seed in SEEDS])
+  orders = np.stack([order(seed, len(data[0]), steps * cell.batch_size) for seed in SEEDS])
   orders = orders.reshape(len(SEEDS), steps, cell.batch_size)
   settings = PROGRAMS[cell.program]
   lanes = [
@@ -318,8 +318,8 @@ def measure(path: pathlib.Path, cell: Cell) -> list[dict[str, Any]]:
   ]
 
 
-def _order(seed: int, count: int, length: int) -> np.ndarray:
-  """Return the examples of a run in order: whole permutations, one after the other."""
+def order(seed: int, count: int, length: int) -> np.ndarray:
+  """Return the examples of a run in their order: whole permutations, one after the other."""
   generator = np.random.default_rng(seed)
   epochs = [generator.permutation(count) for _ in range(math.ceil(length / count))]
   return np.concatenate(epochs)[:length].astype(np.int32)
@@ -434,7 +434,7 @@ def _test(path: pathlib.Path, cell: Cell, rate: float) -> list[float]:
   for seed in TEST_SEEDS:
     params = model.init(jax.random.key(seed), as_inputs(x[:1]), train=False)["params"]
     carry = params, tx.init(params)
-    for indices in _order(seed, len(x), steps * cell.batch_size).reshape(steps, -1):
+    for indices in order(seed, len(x), steps * cell.batch_size).reshape(steps, -1):
       carry = step(carry, x[indices], y[indices])
     parts = np.split(dataset.x_test, 20)
     predicted = np.concatenate([classify(carry[0], part) for part in parts])
@@ -541,7 +541,7 @@ def report(records: pathlib.Path) -> None:
   found = one_rate(records)
   for network, optimizer in itertools.product(NETWORKS, RATES):
     row = found.get((network, optimizer), {})
-    if len(row) == len(NAMES):
+    if row.keys() >= set(NAMES):
       texts = [f"{each:.1f} → {one:.1f} at {rate:g}" for each, one, rate in map(row.get, NAMES)]
       print(f"| {NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]} | {' | '.join(texts)} |")
 

@@ -196,8 +196,8 @@ def bnp(
     debias: As in `bnp_optax.scale_by_bnp`.
     lag_guard: As in `bnp_optax.scale_by_bnp`. The guard divides the step that is mapped back.
     scale_layers: As in `bnp_optax.scale_by_bnp`. An inner optimizer that ignores the scale of its
-      gradient makes steps of :math:`1/q` instead of :math:`1/q^2`. Use False with `optax.contrib.
-      muon`, which sets the scale of each layer's step itself.
+      gradient makes steps of :math:`1/q` instead of :math:`1/q^2`. Try False with `optax.contrib.
+      muon`, which sets the scale of the steps of dense layers itself.
     layers: As in `bnp_optax.scale_by_bnp`.
 
   Returns:
