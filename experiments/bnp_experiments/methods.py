@@ -105,6 +105,11 @@ def momentum(rate: Rate) -> optax.GradientTransformation:
   return optax.sgd(rate, momentum=0.9)
 
 
+def bounded_momentum(rate: Rate) -> optax.GradientTransformation:
+  """Return SGD with momentum 0.9 and a bound on the step of each unit."""
+  return optax.chain(momentum(rate), optax.adaptive_grad_clip(0.03))
+
+
 def _four_things(
   train: bool, ghost_size: int | None = None, num_groups: int | None = None
 ) -> nn.Module:

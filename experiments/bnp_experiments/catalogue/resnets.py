@@ -51,6 +51,15 @@ _RESNET_BNP_DEBIAS = dataclasses.replace(
   marker="H",
   debias=True,
 )
+_RESNET_BNP_BOUNDED = dataclasses.replace(
+  _RESNET_BNP_DEBIAS,
+  name="bnp_bounded",
+  label="BNP, debias, bounded step",
+  colour="#88CCEE",
+  marker="X",
+  optimizer=methods.bounded_momentum,
+  bnp="around",
+)
 _RESNET_BNP_GROUPNORM_DEBIAS = dataclasses.replace(
   _RESNET_BNP_GROUPNORM,
   name="bnp_groupnorm_debias",
@@ -124,6 +133,7 @@ FIG6_LEFT = Experiment(
     _RESNET_BNP_GROUPNORM,
     _RESNET_GROUPNORM_SAME,
     _RESNET_BNP_DEBIAS,
+    _RESNET_BNP_BOUNDED,
     _RESNET_BNP_GROUPNORM_DEBIAS,
   ),
   rates=(0.1,),
@@ -140,6 +150,14 @@ FIG6_LEFT = Experiment(
     Claim("BNP is faster than BatchNorm before the decay", better("bnp", "batchnorm", early=True)),
     Claim("BNP alone ends below BatchNorm", better("batchnorm", "bnp")),
     Claim("BNP ends higher with debias than with the paper's start", better("bnp_debias", "bnp")),
+    Claim(
+      "BNP with debias and a bounded step ends above BNP with the paper's start",
+      better("bnp_bounded", "bnp"),
+    ),
+    Claim(
+      "BNP with debias and a bounded step ends where BatchNorm does",
+      comparable("bnp_bounded", "batchnorm"),
+    ),
     Claim(
       "BNP + GroupNorm ends higher with debias than with the paper's start",
       better("bnp_groupnorm_debias", "bnp_groupnorm"),
@@ -166,6 +184,7 @@ FIG6_LEFT = dataclasses.replace(
           _RESNET_BNP,
           _searched(_RESNET_BNP_GROUPNORM),
           _RESNET_BNP_DEBIAS,
+          _RESNET_BNP_BOUNDED,
           _searched(_RESNET_BNP_GROUPNORM_DEBIAS),
         )
       ),
