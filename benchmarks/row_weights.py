@@ -27,9 +27,9 @@ from defaults import (
   Lane,
   examples,
   make_optimizer,
+  model_and_parameters,
+  order,
 )
-from defaults import model_and_parameters as load
-from defaults import order as draw
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,11 +57,11 @@ def main() -> None:
 def train(path: pathlib.Path, cell: Cell) -> np.ndarray:
   """Return the accuracy of every weight, learning rate and seed."""
   x, y, *held_out = examples(path, cell.network)
-  model, parameters = load(path, cell.network)
+  model, parameters = model_and_parameters(path, cell.network)
   parameters = jax.tree.map(jnp.asarray, parameters)
   layers = find_layers(model, as_inputs(x[:1]))
   steps = STEPS[cell.batch_size][0]
-  orders = np.stack([draw(seed, len(x), steps * cell.batch_size) for seed in SEEDS])
+  orders = np.stack([order(seed, len(x), steps * cell.batch_size) for seed in SEEDS])
   orders = orders.reshape(len(SEEDS), steps, cell.batch_size)
   rates = np.float32(RATES[cell.optimizer])
 

@@ -261,9 +261,9 @@ class RunningStatistics:
 
 
 def _check(layout: KernelLayout, shape: tuple[int, ...], *new_and_old: jax.Array) -> Any:
-  """Return whether a mean and variance are finite, ``[*stack, 1]``, and the largest variance.
+  """Return whether the new mean and variance are finite, and the largest variance.
 
-  It is that of the new variance, or of the old one where they are not finite.
+  The third array is the old variance, whose largest value counts where the new ones are not finite.
   """
 
   def check_first(mean: jax.Array, variance: jax.Array, old: jax.Array) -> Any:

@@ -53,7 +53,7 @@ class Diagnostics:
       :math:`P^T \hat H^T \hat H P / \text{rows}` for uncorrelated features. It is 1 if the
       running statistics equal those of the batch. A lag alone makes it :math:`1 + n \delta^2` or up
       to 1 more, where :math:`n` is the number of inputs of one output.
-    q2: The paper's :math:`q^2`.
+    q2: The paper's :math:`q^2`, which ``scale_layers=False`` does not apply.
     guard: Divisor of the layer's step by ``lag_guard``; 1 where it does not act.
     improvement: Factor by which P lowers the condition number of :math:`\hat H^T \hat H`, for
       uncorrelated features. Below 1, BNP raises it.
