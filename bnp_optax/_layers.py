@@ -25,7 +25,7 @@ class LayerEntry:
     size: Number of parameters, including those of the bias.
     note: How BNP treats it, or why BNP does not.
     covered: False for a linear layer that BNP cannot precondition; None if it is unknown whether a
-      parameter of two and more axes belongs to a linear layer.
+      parameter of two or more axes belongs to a linear layer.
   """
 
   path: Path

@@ -117,7 +117,7 @@ def register(
 def report(
   module: nn.Module, kernel: str, inputs: jax.Array, equation: str, *, bias: str | None = None
 ) -> None:
-  """Report a product of inputs and a kernel from inside of one's own module.
+  """Report a product of inputs and a kernel from inside a module of your own.
 
   Outside of `sow_statistics` and `layers` it does nothing.
 

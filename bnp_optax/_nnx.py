@@ -103,7 +103,7 @@ def register(
 def report(
   module: nnx.Module, kernel: str, inputs: jax.Array, equation: str, *, bias: str | None = None
 ) -> None:
-  """Report a product of inputs and a kernel from inside of one's own module.
+  """Report a product of inputs and a kernel from inside a module of your own.
 
   It is `bnp_optax.linen.report` for NNX.
 

@@ -84,8 +84,9 @@ def scale_by_bnp(
     lag_guard: Constant :math:`c \geq 0`, or None for no guard. With it, the step of each layer with
       a bias is divided by :math:`\max(1, (1 + l^2) / (1 + c n / R))`, where :math:`l^2` is the sum
       of :math:`(\mu_H - \mu)^2 / \tilde\sigma^2` over the :math:`n` inputs of one output, and
-      :math:`R` is the number of rows of the batch. It prevents divergence where a step moves the
-      inputs of a layer faster than its running mean follows. Not in the paper.
+      :math:`R` is the number of rows of the batch. It makes smaller steps where the inputs of a
+      layer move faster than its running mean follows. A bound on the step prevents more
+      divergence (`optax.adaptive_grad_clip` inside `bnp`). Not in the paper.
     scale_layers: Whether the step of each layer is divided by :math:`q^2`, which gives the Hessian
       blocks of all layers the same norm. False sets :math:`q = 1`.
     layers: Layouts of the kernels, as `bnp_optax.linen.layers` or `bnp_optax.nnx.layers` returns
@@ -159,12 +160,13 @@ def bnp(
   .. math::
     \Delta\theta = P \, \text{inner}(P^T \nabla_\theta L, \; P^{-1} \theta)
 
-  With plain `optax.sgd` this equals ``optax.chain(scale_by_bnp(), optax.sgd(rate))``. It does not
-  with an optimizer that is not linear in the gradient, such as Adam. For such an optimizer use this
-  function: by Proposition 7, ``bnp(optax.adam(rate))`` is Adam on the network with batch
-  normalization. Decoupled weight decay of kernels and biases has the same effect inside as outside,
-  as :math:`P z = \theta`. Decay of the kernels alone goes outside: ``optax.chain(
-  bnp(optax.scale_by_adam()), optax.add_decayed_weights(1e-4, mask), optax.scale(-rate))``.
+  With plain `optax.sgd` this equals ``optax.chain(scale_by_bnp(), optax.sgd(rate))``. With an
+  optimizer that is not linear in the gradient, such as Adam, it does not. Use this function for
+  such an optimizer: by Proposition 7, ``bnp(optax.adam(rate))`` is Adam on the network with batch
+  normalization whose statistics are frozen. Decoupled weight decay of kernels and biases has the
+  same effect inside and outside, as :math:`P z = \theta`. Decay of the kernels alone goes
+  outside: ``optax.chain(bnp(optax.scale_by_adam()), optax.add_decayed_weights(1e-4, mask),
+  optax.scale(-rate))``.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -196,7 +198,7 @@ def bnp(
     debias: As in `bnp_optax.scale_by_bnp`.
     lag_guard: As in `bnp_optax.scale_by_bnp`. The guard divides the step that is mapped back.
     scale_layers: As in `bnp_optax.scale_by_bnp`. An inner optimizer that ignores the scale of its
-      gradient makes steps of :math:`1/q` instead of :math:`1/q^2`. Try False with `optax.contrib.
+      gradient scales its steps by :math:`1/q`, not :math:`1/q^2`. Try False with `optax.contrib.
       muon`, which sets the scale of the steps of dense layers itself.
     layers: As in `bnp_optax.scale_by_bnp`.
 

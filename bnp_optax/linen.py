@@ -55,7 +55,7 @@ def sow_statistics(
 
   `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers return the
   intermediates within this context, whatever their ``variable_axes``. A `flax.linen.vmap` with
-  shared parameters may map examples or anything else: it does so only if `examples` is given.
+  shared parameters may map examples or anything else: it returns them only if `examples` is given.
 
   Under `jax.shard_map`, `jax.pmap` and `jax.vmap` over examples, pass the mapped axis as
   ``axis_name``; the statistics are then those of all examples along it. `flax.linen.vmap` over
@@ -175,7 +175,7 @@ def layers(
     model: The model.
     *init_args: Arguments of ``model.init`` after the random key; arrays may be
       `jax.ShapeDtypeStruct`.
-    strict: Whether to raise if BNP does not reach a parameter of two and more axes. Embeddings, the
+    strict: Whether to raise if BNP does not reach a parameter of two or more axes. Embeddings, the
       parameters of norms and those in `ignore` may pass through.
     ignore: Prefixes of the paths of parameters that are to train without BNP, such as
       ``["positions", "decoder/router"]``.

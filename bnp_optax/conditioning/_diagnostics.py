@@ -47,8 +47,8 @@ class Diagnostics:
     lag: Distance of the running mean from that of the batch, in standard deviations: the root mean
       square of :math:`\delta = (\mu_H - \mu) / \tilde\sigma` over the features.
     variance_ratio: The largest :math:`\sigma_H^2 / \tilde\sigma^2`. Above 1, the running variance
-      is too small for this batch. Below 1, it is still decreasing from its initial value of 1, and
-      the layer's steps will grow by the inverse factor.
+      is too small for this batch. Well below 1 with ``debias=False``, it is still decreasing from
+      its initial value of 1, and the layer's steps will grow by the inverse factor.
     largest_eigenvalue: Predicted largest eigenvalue of
       :math:`P^T \hat H^T \hat H P / \text{rows}` for uncorrelated features. It is 1 if the
       running statistics equal those of the batch. A lag alone makes it :math:`1 + n \delta^2` or up
