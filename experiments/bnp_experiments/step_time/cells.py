@@ -17,18 +17,23 @@ from bnp_experiments.transformers import ViT
 CLASSES = 10
 _IMAGE = (32, 32, 3)
 
-BNP_SGD = Method("bnp_sgd", "bnp(SGD)", "#88CCEE", "8", optax.sgd, "around")
-_FEW = (SGD, methods.BATCHNORM, methods.BNP, methods.ADAM, methods.BNP_ADAM)
+BNP_SGD = Method("bnp_sgd", "bnp(SGD)", "#88CCEE", "8", optax.sgd, "around", debias=True)
+# All methods have the default start of the running statistics, which has one more vector of state.
+_BNP, _BNP_ADAM, _BNP_MOMENTUM = (
+  dataclasses.replace(method, debias=True)
+  for method in (methods.BNP, methods.BNP_ADAM, methods.BNP_MOMENTUM)
+)
+_FEW = (SGD, methods.BATCHNORM, _BNP, methods.ADAM, _BNP_ADAM)
 _MANY = (
   *_FEW,
   methods.LAYERNORM,
   methods.GROUPNORM,
   methods.MOMENTUM,
-  methods.BNP_MOMENTUM,
+  _BNP_MOMENTUM,
   BNP_SGD,
 )
-_FOUR = (SGD, methods.BNP, methods.ADAM, methods.BNP_ADAM)
-_TWO = (SGD, methods.BNP)
+_FOUR = (SGD, _BNP, methods.ADAM, _BNP_ADAM)
+_TWO = (SGD, _BNP)
 
 
 class Stack(nn.Module):
@@ -106,6 +111,7 @@ class Cell:
       "image": list(self.shape),
       "batch_size": self.batch_size,
       "methods": [method.name for method in self.methods],
+      "debias": True,
     }
 
 
