@@ -1,9 +1,11 @@
-"""Inner optimizers that `bnp` refuses, found by the dependencies in their traced functions."""
+"""Inner optimizers that `bnp` refuses, found in their traced functions."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bnp_optax._matching import Layer
@@ -33,27 +35,34 @@ def refuse_split_layers(
   z moves or decays all the same.
   """
 
-  def update(gradients: Any, z: Any) -> Any:
-    return inner.update(gradients, inner.init(z), z)[0]
+  def update(gradients: Any, state: Any, z: Any, value: Any) -> Any:
+    return inner.update(gradients, state, z, value=value)[0]
 
   try:
-    closed = jax.make_jaxpr(update)(params, params)
+    started, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
+    stepped = jax.make_jaxpr(update)(params, state, params, jnp.zeros([]))
   except (KeyError, TypeError, ValueError):
-    # The inner optimizer needs extra arguments of update, which are unknown here.
+    # The inner optimizer needs other extra arguments of update, which are unknown here.
     return
   leaves, _ = flatten_masked(params)
   # The positions of the leaves among the arguments, which do not have the masked ones.
   arrays = [i for i, x in enumerate(leaves) if not is_masked(x)]
   position = {i: n for n, i in enumerate(arrays)}
-  dependencies = _dependencies(closed.jaxpr)
-  for layer in layers:
-    if layer.bias is None:
-      continue
-    kernel, bias = position[layer.kernel], position[layer.bias]
-    for first, what in ((0, "gradient"), (len(arrays), "values")):
-      of_kernel = first + kernel in dependencies[kernel]
-      if of_kernel != (first + bias in dependencies[bias]):
-        one, other = ("kernel", "bias") if of_kernel else ("bias", "kernel")
+  zero: list[_Value] = ["zero"] * len(arrays)
+  some: list[_Value] = ["nonzero"] * len(arrays)
+  # Moments are zero before the first step, and so they stay without a gradient. Counters grow.
+  moments: list[_Value] = [
+    value if jnp.issubdtype(aval.dtype, jnp.inexact) else "nonzero"
+    for aval, value in zip(started.out_avals, _values(started, some), strict=True)
+  ]
+  for gradients, what in ((some, "gradient"), (zero, "values")):
+    steps = _values(stepped, [*gradients, *moments, *some, "nonzero"])
+    for layer in layers:
+      if layer.bias is None:
+        continue
+      kernel, bias = steps[position[layer.kernel]], steps[position[layer.bias]]
+      if {kernel, bias} == {"zero", "nonzero"}:
+        one, other = ("kernel", "bias") if bias == "zero" else ("bias", "kernel")
         raise ValueError(
           f"bnp: layer {layer}: the inner optimizer steps the {one} by its {what} and the {other} "
           "not, as with a mask, freeze or set_to_zero on one of them. In BNP's coordinates a step "
@@ -62,6 +71,70 @@ def refuse_split_layers(
           "optax.add_decayed_weights(1e-4, mask), optax.scale(-rate)), and freeze a "
           "layer's kernel and bias together."
         )
+
+
+# What is known of an array while tracing. "nonzero" is an array that is not zero in general.
+_Value = Literal["zero", "nonzero", "unknown"]
+
+# Primitives that map zeros to zeros: the result is zero where the first operand is.
+_LINEAR = {"neg", "abs", "sign", "sqrt", "cbrt", "square", "integer_pow", "real", "imag", "copy"}
+_LINEAR |= {"reduce_sum", "reduce_max", "reduce_min", "cumsum", "convert_element_type", "div"}
+_LINEAR |= {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"}
+_LINEAR |= {"dynamic_slice", "gather", "reduce_precision", "sharding_constraint", "sin", "tanh"}
+_SUMS = {"add", "add_any", "sub", "concatenate", "select_n"}
+_PRODUCTS = {"mul", "dot_general", "conv_general_dilated"}
+_CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "checkpoint"}
+_CALLS |= {"custom_jvp_call", "custom_vjp_call"}
+
+
+def _values(closed: Any, inputs: Sequence[_Value]) -> list[_Value]:
+  """Return what is known of the outputs of a closed jaxpr, given what is known of its inputs."""
+  jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+  known: dict[Any, _Value] = {}
+  known |= dict(zip(jaxpr.constvars, map(_value_of, constants), strict=True))
+  known |= dict(zip(jaxpr.invars, inputs, strict=True))
+
+  def read(x: Any) -> _Value:
+    return _value_of(x.val) if hasattr(x, "val") else known[x]
+
+  for equation in jaxpr.eqns:
+    results = _results(equation, [read(x) for x in equation.invars])
+    known.update(zip(equation.outvars, results, strict=True))
+  return [read(x) for x in jaxpr.outvars]
+
+
+def _results(equation: Any, operands: list[_Value]) -> list[_Value]:
+  """Return what is known of the results of an equation."""
+  name, settings = equation.primitive.name, equation.params
+  if name == "cond":
+    branches = [_values(branch, operands[1:]) for branch in settings["branches"]]
+    return [_sum(results) for results in zip(*branches, strict=True)]
+  if name in _CALLS and settings.get("name") == "clip":
+    return operands[:1]
+  if name in _CALLS and (called := settings.get("jaxpr") or settings.get("call_jaxpr")):
+    return _values(called, operands)
+  if name in _SUMS:
+    result = _sum(operands[name == "select_n" :])
+  elif name in _LINEAR:
+    result = operands[0]
+  elif name in _PRODUCTS and "zero" in operands:
+    result: _Value = "zero"
+  else:
+    result = "nonzero" if set(operands) <= {"nonzero"} else "unknown"
+  return [result] * len(equation.outvars)
+
+
+def _sum(values: Iterable[_Value]) -> _Value:
+  """Return what is known of a sum, and of an array that is one of several."""
+  found = set(values)
+  return "nonzero" if "nonzero" in found else "unknown" if "unknown" in found else "zero"
+
+
+def _value_of(x: Any) -> _Value:
+  try:
+    return "zero" if not np.any(x) else "nonzero"
+  except jax.errors.TracerArrayConversionError:
+    return "nonzero"
 
 
 def _dependencies(jaxpr: Any) -> list[set[int]]:

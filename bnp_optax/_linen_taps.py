@@ -10,7 +10,8 @@ import flax.linen as nn
 
 from bnp_optax._calls import Call
 from bnp_optax._linen import report_calls
-from bnp_optax._taps import TapReporter, check_examples, count_examples, name_tap
+from bnp_optax._reporting import check_examples
+from bnp_optax._taps import TapReporter, count_examples, name_tap
 from bnp_optax._trees import show_path
 
 
@@ -70,7 +71,8 @@ class Tapped:
 
   Raises:
     ValueError: If `examples` or `example_axes` is out of range. From ``apply``, while tracing, if
-      no argument has the example axes, or if the taps are not float32 or float64.
+      no argument has the example axes, if the first that has them is not the batch, or if the taps
+      are not float32 or float64.
   """
 
   model: nn.Module = dataclasses.field(kw_only=False)
@@ -94,11 +96,14 @@ class Tapped:
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return what ``model.apply`` returns. Layers without a tap in `variables` report nothing."""
     arguments = (*args, *kwargs.values())
-    params = count_examples(
+    params, expected = count_examples(
       variables.get("params", {}), arguments, self.examples, self.example_axes
     )
-    with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
-      return self.model.apply({**variables, "params": params}, *args, **kwargs)
+    reporter = TapReporter(_find_tap, _describe, self.exact_windows, self.example_axes, expected)
+    with report_calls(reporter):
+      outputs = self.model.apply({**variables, "params": params}, *args, **kwargs)
+    reporter.check()
+    return outputs
 
 
 def _find_tap(module: Any, call: Call, make: Callable[[], Any]) -> Any:

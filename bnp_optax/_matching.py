@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bnp_optax._layers import Layers
 from bnp_optax._layout import KernelLayout
 from bnp_optax._statistics import LayerStatistics, NoStatistics, merge_call_axes
 from bnp_optax._trees import (
@@ -56,11 +57,13 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
   named = flatten(tree, optax.MaskedNode)
   leaves = [leaf for _, leaf in named]
   index = {path: i for i, (path, _) in enumerate(named)}
-  if layouts and not any(path in index for path in layouts):
+  missing = [path for path in layouts or () if path not in index]
+  # The table of a model may serve for a part of its parameters, such as those that are trained.
+  if missing and (len(missing) == len(layouts or ()) or not isinstance(layouts, Layers)):
     raise ValueError(
-      f"None of the kernels in layers= is in the parameters. layers= has {_names(layouts)}; the "
-      f"parameters are {_names(index)}. Trace the model that these parameters belong to, and pass "
-      'the "params" collection itself to this transformation.'
+      f"These kernels in layers= are not in the parameters: {_names(missing)}. The parameters are "
+      f"{_names(index)}. Trace the model that these parameters belong to, and pass the "
+      '"params" collection itself to this transformation. A key of layers= is a tuple of names.'
     )
   layers = []
   for path, i in index.items():
@@ -70,6 +73,8 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
     bias_name = "bias" if layouts is None else layouts[path].bias
     kernel, j = leaves[i], index.get((*path[:-1], bias_name))
     bias = None if j is None else leaves[j]
+    if j is None and layouts is not None and not isinstance(layouts, Layers):
+      _check_other_bias(path, layouts, dict(named))
     if is_masked(kernel):
       if bias is not None and not is_masked(bias):
         raise ValueError(_split_layer(where, "bias", "kernel"))
@@ -95,7 +100,7 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         f"Layer {show_path(where)}: layers= has a layout of {layout.ndim} axes for it, {layout}, "
         f"but its kernel has shape {kernel.shape}. Trace the model that these parameters belong to."
       )
-    if bias is not None and bias.shape != layout.bias_shape(kernel.shape):
+    if bias is not None and not _fits(bias, layout.bias_shape(kernel.shape)):
       raise ValueError(
         f"Layer {show_path(where)}: the bias has shape {bias.shape}, but its kernel of shape "
         f"{kernel.shape} requires {layout.bias_shape(kernel.shape)}. If the layer is not a plain "
@@ -110,6 +115,27 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         )
     layers.append(layer)
   return layers
+
+
+def _fits(bias: Any, shape: tuple[int, ...]) -> bool:
+  """Return True if a bias has a shape, or has it before axes of size 1, as in Equinox's Conv."""
+  return bias.shape == (*shape, *(1,) * (bias.ndim - len(shape)))
+
+
+def _check_other_bias(path: Path, layouts: Layouts, leaves: Mapping[Path, Any]) -> None:
+  """Raise ValueError if a layer has no bias of its layout's name, but another leaf may be it."""
+  layout, kernel = layouts[path], leaves[path]
+  if not layout.bias or is_masked(kernel) or layout.ndim != kernel.ndim:
+    return
+  shape = layout.bias_shape(kernel.shape)
+  for other, x in leaves.items():
+    beside = other[:-1] == path[:-1] and other != path and other not in layouts
+    if beside and not is_masked(x) and _fits(x, shape):
+      raise ValueError(
+        f"Layer {show_path(_layer_path(path))}: layers= names its bias {layout.bias!r}, which it "
+        f"does not have, but {other[-1]!r} has the shape of a bias. Pass "
+        f"KernelLayout(bias={other[-1]!r}), or bias='' if the layer has no bias."
+      )
 
 
 def choose_layer(layers: list[Layer], path: Path | None) -> Layer:
@@ -132,9 +158,10 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
   if stats is None:
     raise ValueError(
       "BNP needs the statistics of the forward pass: call tx.update(grads, state, params, "
-      "stats=stats) with the statistics that bnp_optax.linen.sow_statistics gathered. A wrapper "
-      "that drops extra arguments drops them too. If a trainer calls tx.update, give it "
-      "bnp_optax.linen.Tapped(model, examples=...) as the model."
+      "stats=stats) with the statistics that sow_statistics of bnp_optax.linen or bnp_optax.nnx "
+      "gathered. A wrapper that drops extra arguments, and bnp around another transformation of "
+      "BNP, drop them too. If a trainer calls tx.update, give it Tapped(model, ...) of "
+      "bnp_optax.linen or bnp_optax.nnx as the model."
     )
   found: dict[Path, LayerStatistics] = by_kernel(stats, LayerStatistics, NoStatistics)
   if not found and layers:
@@ -146,11 +173,18 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       f"is a tree of {jax.tree.structure(stats)}."
     )
   if missing := [layer for layer in layers if layer.path not in found]:
+    levels = (
+      "The paths differ in their first levels: pass the parameters of the model and its statistics "
+      'themselves, as in variables["params"] and aux["intermediates"]. '
+    )
+    ends = {path[-n:] for path in found for n in range(1, len(path))}
+    nested = any(x.path in ends or x.path[-len(y) :] == y for x in missing for y in found)
     raise ValueError(
       f"No statistics for {', '.join(map(str, missing))}. There are statistics for "
-      f"{_names(map(_layer_path, found))}. If these layers did not run, or are not Dense or Conv, "
-      "leave them out of this optimizer with optax.masked or optax.partition, or list the layers "
-      "that it preconditions with layers=bnp_optax.linen.layers(model, *inputs). If they ran under "
+      f"{_names(map(_layer_path, found))}. {levels * nested}"
+      "If these layers did not run, or are not Dense or Conv, leave them out of BNP with "
+      "optax.masked or optax.partition, or list the layers that it preconditions with "
+      "layers=bnp_optax.linen.layers(model, *inputs), or that of bnp_optax.nnx. If they ran under "
       "nn.vmap with shared parameters, pass the number of examples as sow_statistics(examples=...)."
     )
   if without := {x: y for x in layers if isinstance(y := found[x.path], NoStatistics)}:

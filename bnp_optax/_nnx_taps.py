@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from bnp_optax._calls import Call
 from bnp_optax._nnx import describe, is_reporting, report_calls
-from bnp_optax._taps import TapReporter, check_examples, count_examples, is_tap, name_tap
+from bnp_optax._reporting import check_examples
+from bnp_optax._taps import TapReporter, count_examples, is_tap, name_tap
 from bnp_optax._trees import split_arrays
 
 
@@ -80,13 +81,16 @@ class Tapped(nnx.Module):
     if is_reporting():
       return model(*args, **kwargs)
     graph, taps, rest = nnx.split(model, Tap, ...)
-    counted = count_examples(
+    counted, expected = count_examples(
       nnx.to_pure_dict(taps), (*args, *kwargs.values()), self.examples, self.example_axes
     )
     taps = jax.tree.map(lambda x: x, taps)
     nnx.replace_by_pure_dict(taps, counted)
-    with report_calls(TapReporter(_find_tap, describe, self.exact_windows)):
-      return nnx.merge(graph, taps, rest)(*args, **kwargs)
+    reporter = TapReporter(_find_tap, describe, self.exact_windows, self.example_axes, expected)
+    with report_calls(reporter):
+      outputs = nnx.merge(graph, taps, rest)(*args, **kwargs)
+    reporter.check()
+    return outputs
 
 
 def remove_taps(model: nnx.Module) -> None:

@@ -163,6 +163,7 @@ def statistics_reporter(
     exact_windows: As in `Reporter`.
     exclude: True for the calls that do not count; None to count all.
   """
+  check_examples(examples, example_axes)
   counted: dict[int, str] = {}
 
   def record(module: Any, call: Call) -> LayerStatistics | NoStatistics | None:
@@ -177,13 +178,25 @@ def statistics_reporter(
         layers = " and ".join(f"{n} in layer {name}" for n, name in counted.items())
         raise ValueError(
           f"The layers disagree about the number of examples: {layers}. Pass the number that the "
-          "loss divides by as sow_statistics(examples=...)."
+          "loss divides by as sow_statistics(examples=...). Call a model whose statistics are not "
+          "passed to update, such as a target network, outside of the context."
         )
     return statistics
 
   key = (_array_key(examples), masks.key, example_axes, axis_name, exact_windows, exclude)
   fixed = examples is not None
   return Reporter(record, merge_two_calls, exact_windows, key, leave_transform, fixed)
+
+
+def check_examples(examples: int | jax.Array | None, example_axes: int) -> None:
+  """Raise ValueError if a number of examples or of their axes is out of range."""
+  known = isinstance(examples, int | float | np.number)
+  valid = examples >= 1 if known else examples is None or hasattr(examples, "dtype")
+  if not valid or example_axes < 0:
+    raise ValueError(
+      "examples= must be at least 1 and example_axes= at least 0, got "
+      f"{examples!r} and {example_axes}."
+    )
 
 
 def _array_key(x: int | jax.Array | None) -> Hashable:

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
+from bnp_optax._checks import check_layouts, check_range
 from bnp_optax._layout import KernelLayout
 from bnp_optax._matching import (
   Layer,
@@ -99,7 +100,9 @@ def _map_layer(
   w, b = layout.to_canonical(kernel.astype(dtype), None if bias is None else bias.astype(dtype))
   p = jax.tree.map(lambda x: x.astype(dtype), p)
   w, b = layout.from_canonical(*function(p, w, b), kernel.shape)
-  return w.astype(kernel.dtype), b if b is None or bias is None else b.astype(bias.dtype)
+  if b is None or bias is None:
+    return w.astype(kernel.dtype), None
+  return w.astype(kernel.dtype), b.reshape(bias.shape).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,7 @@ class RunningStatistics:
   """Steps 2 and 3 of the algorithms for all layers. `scale_by_bnp` documents the fields.
 
   Raises:
+    TypeError: If a number or `layers` is of another type.
     ValueError: If a number is out of range.
   """
 
@@ -120,11 +124,12 @@ class RunningStatistics:
 
   def __post_init__(self) -> None:
     """Raise ValueError for values out of range, as far as they are concrete while tracing."""
-    _check_range("decay", self.decay, 1.0)
-    _check_range("eps_relative", self.eps_relative, math.inf)
-    _check_range("eps_absolute", self.eps_absolute, math.inf)
+    check_range("decay", self.decay, 1.0)
+    check_range("eps_relative", self.eps_relative, math.inf)
+    check_range("eps_absolute", self.eps_absolute, math.inf)
     if self.lag_guard is not None:
-      _check_range("lag_guard", self.lag_guard, math.inf)
+      check_range("lag_guard", self.lag_guard, math.inf)
+    check_layouts(self.layers)
 
   def init(self, params: optax.Params) -> ScaleByBnpState:
     """Return the state before the first batch: mean 0 and variance 1 for every layer."""
@@ -141,7 +146,7 @@ class RunningStatistics:
     if not layers and any(not is_masked(x) for x in leaves):
       raise ValueError(
         "BNP covers no layer of these parameters and would change nothing. Pass it the parameters "
-        "of the model, not a flattened copy, and layers=bnp_optax.linen.layers(model, *inputs) if "
+        "of the model, not a flattened copy, and layers= of bnp_optax.linen or bnp_optax.nnx if "
         f"no kernel is named kernel. The parameters are {jax.tree.structure(params)}."
       )
     for layer in layers:
@@ -283,18 +288,3 @@ def _check(layout: KernelLayout, shape: tuple[int, ...], *new_and_old: jax.Array
 def _largest(layout: KernelLayout, shape: tuple[int, ...], sigma2: jax.Array) -> jax.Array:
   """Return the largest variance of each linear map, ``[stack, 1, 1]``."""
   return jnp.max(layout.statistics_to_canonical(sigma2, shape), axis=(1, 2), keepdims=True)
-
-
-def _check_range(name: str, value: ArrayLike, top: float) -> None:
-  dtype = getattr(value, "dtype", None)
-  if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-    raise ValueError(
-      f"{name} is {dtype}, in which 0.999 is 1. optax.inject_hyperparams casts to the dtype of "
-      "the parameters: give it hyperparam_dtype=jnp.float32."
-    )
-  try:
-    in_range = 0 <= float(value) < top  # pyright: ignore[reportArgumentType]
-  except jax.errors.ConcretizationTypeError:
-    return  # A traced value, as inject_hyperparams passes.
-  if not in_range:
-    raise ValueError(f"{name} must be in [0, {top:g}), got {value}.")

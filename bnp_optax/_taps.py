@@ -107,17 +107,12 @@ def read_taps(updates: Any, *, has_layers: bool) -> Any:
   return stats if by_kernel(stats, LayerStatistics, NoStatistics) else None
 
 
-def check_examples(examples: int, example_axes: int) -> None:
-  """Raise ValueError if the arguments of `Tapped` are out of range."""
-  if examples < 1 or example_axes < 0:
-    raise ValueError(
-      "Tapped: examples= must be at least 1 and example_axes= at least 0, got "
-      f"{examples} and {example_axes}."
-    )
-
-
-def count_examples(params: Any, arguments: Iterable[Any], examples: int, example_axes: int) -> Any:
+def count_examples(
+  params: Any, arguments: Iterable[Any], examples: int, example_axes: int
+) -> tuple[Any, int | None]:
   """Return parameters whose taps count the examples of one call of the model.
+
+  Also return their number if the arguments disagree about it, and None if they agree.
 
   Args:
     params: The parameters.
@@ -137,13 +132,14 @@ def count_examples(params: Any, arguments: Iterable[Any], examples: int, example
       f"Tapped: no argument has {example_axes} leading axes that count examples. Call the model on "
       "a batch, or pass example_axes=0 if jax.vmap maps single examples."
     )
-  count = math.prod(jnp.shape(arrays[0])[:example_axes])
+  counts = [math.prod(jnp.shape(x)[:example_axes]) for x in arrays]
+  count = counts[0]
 
   def count_call(tap: Any) -> Any:
-    counts = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
-    return _count(count, count / examples, {**tap, **counts})
+    counted = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
+    return _count(count, count / examples, {**tap, **counted})
 
-  return map_taps(count_call, params)
+  return map_taps(count_call, params), count if len(set(counts)) > 1 else None
 
 
 def _follow(tree: Any, reference: jax.Array) -> Any:
@@ -207,16 +203,33 @@ class TapReporter:
       if the module has none.
     describe: Returns the name of the layer of a call in errors.
     exact_windows: As in `Reporter`.
+    example_axes: As in `Tapped`.
+    expected: Number of examples that some layer must have; None without a check.
   """
 
   find_tap: Callable[[Any, Call, Callable[[], Any]], Any]
   describe: Callable[[Any, Call], str]
   exact_windows: bool
+  example_axes: int = 1
+  expected: int | None = None
+  _found: dict[int, str] = dataclasses.field(default_factory=dict, compare=False)
+  _identity: object = dataclasses.field(default_factory=object, compare=False)
 
   @property
   def key(self) -> Hashable:
     """Functions traced under an equal key are reused."""
-    return (self.find_tap, self.exact_windows)
+    # A function that was traced under an equal key would not report its calls to check.
+    return (self.find_tap, self.exact_windows, self.expected is not None and self._identity)
+
+  def check(self) -> None:
+    """Raise ValueError if no layer was called with the expected number of examples."""
+    if self.expected is not None and self._found and self.expected not in self._found:
+      found = " and ".join(f"{n} in layer {name}" for n, name in self._found.items())
+      raise ValueError(
+        f"Tapped counts {self.expected} examples along the first array among the arguments, but no "
+        f"layer has as many: there are {found}. Give the model its batch before all other arrays, "
+        "and random keys as jax.random.key makes them."
+      )
 
   def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:
     """Return the outputs of a call, connected to the tap of its kernel."""
@@ -225,6 +238,7 @@ class TapReporter:
     statistics = call_statistics(call, name, 1, 1, None, None)
     if isinstance(statistics, NoStatistics):
       return outputs
+    self._found.setdefault(math.prod(call.example_shape(self.example_axes)), name)
     if outputs is None:
       raise ValueError(
         f"Layer {name}: report() does not return the outputs, which a tap needs. Register the "

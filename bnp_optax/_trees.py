@@ -8,7 +8,7 @@ import optax
 
 Path = tuple[str, ...]
 
-# An NNX variable, or a parameter with metadata, is a pytree node around its value.
+# An NNX variable, or a parameter with metadata, is a pytree node with its value as the only child.
 _BOXED = (jax.tree_util.GetAttrKey("value"),)
 
 
@@ -17,6 +17,7 @@ def flatten(tree: Any, *kinds: type) -> list[tuple[Path, Any]]:
 
   A parameter has the same path in the trees of every framework.
   """
+  tree = unboxed(tree)
   keys = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, kinds))[0]
   return [(name_path(path), leaf) for path, leaf in keys]
 
@@ -37,9 +38,8 @@ def by_kernel(tree: Any, *kinds: type) -> dict[Path, Any]:
 
 
 def name_path(keys: tuple[Any, ...]) -> Path:
-  """Return the names along a path of JAX's keys."""
-  names = tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-  return names[:-1] if keys[-1:] == _BOXED else names
+  """Return the names along a path of JAX's keys in a tree without boxes."""
+  return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
 
 
 def unboxed(tree: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bnp_optax._statistics import accumulation_dtype
-from bnp_optax._trees import flatten, name_path
+from bnp_optax._trees import flatten
 
 _Moments = tuple[jax.Array, jax.Array]
 # The parameters of a normalization layer, and their values in the identity.
@@ -248,17 +248,19 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
     if params is None:
       raise ValueError("add_decayed_scale_and_bias needs the parameters: update(..., params).")
     names: dict[Any, set[str]] = {}
-    for path, _ in flatten(params):
+    paths = [path for path, _ in flatten(params)]
+    for path in paths:
       names.setdefault(path[:-1], set()).add(path[-1])
 
     def decayed(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-      *where, name = name_path(path)
+      *where, name = path
       siblings = names.get(tuple(where), set())
       if "scale" not in siblings or "kernel" in siblings or name not in _IDENTITY:
         return update
       return update + weight_decay * (param - _IDENTITY[name])
 
-    return jax.tree.map_with_path(decayed, updates, params)
+    leaves, treedef = jax.tree.flatten(updates)
+    return treedef.unflatten(map(decayed, paths, leaves, jax.tree.leaves(params)))
 
   return optax.stateless(add)
 

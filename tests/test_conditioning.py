@@ -469,6 +469,30 @@ def test_diagnose_within_the_training_step():
     conditioning.heat_map(jax.tree.map(lambda x: x[0], history), "lag")
 
 
+def test_diagnose_reads_the_gradients_of_taps():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)))
+  model, tx = nn.Dense(3, **F64), bnp_optax.scale_by_bnp()
+  tapped = bnp_optax.linen.Tapped(model, examples=6)
+  params = tapped.init(jax.random.key(0), x)["params"]
+  grads = jax.grad(lambda p: jnp.mean(tapped.apply({"params": p}, x)))(params)
+  _, state = tx.update(grads, tx.init(params))
+  with bnp_optax.linen.sow_statistics():
+    _, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+  found = conditioning.diagnose(params, state, grads)
+  expected = conditioning.diagnose(params, state, aux["intermediates"])
+  assert found.names == expected.names
+  assert found.notes() == [""]
+  for field in ("rows", "lag", "largest_eigenvalue", "improvement"):
+    one, other = getattr(found, field), getattr(expected, field)
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_survey_needs_the_variables():
+  params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+  with pytest.raises(ValueError, match=r"with its variables, .*found \['bias', 'kernel'\]"):
+    conditioning.survey(nn.Dense(3), params, jnp.ones((6, 4)))
+
+
 def test_diagnose_needs_a_state_of_bnp():
   with pytest.raises(ValueError, match="no state of scale_by_bnp or bnp"):
     conditioning.diagnose({"kernel": jnp.ones((2, 2))}, optax.sgd(0.1).init({}), {})

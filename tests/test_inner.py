@@ -26,6 +26,10 @@ def biases(params):
   return jax.tree.map(lambda v: v.ndim == 1, params)
 
 
+def decayed_kernels(rate=0.1):
+  return optax.adamw(rate, mask=kernels)
+
+
 def frozen(params):
   return {"first": kernels(params["first"]), "second": {"kernel": False, "bias": False}}
 
@@ -49,6 +53,30 @@ def frozen(params):
       optax.inject_hyperparams(optax.adamw, static_args="mask")(0.1, mask=kernels),
       "the kernel by its values and the bias not",
     ),
+    # Steps that depend on all values and gradients of a leaf, or are chosen by a condition.
+    (optax.chain(decayed_kernels(), optax.adaptive_grad_clip(0.03)), "the kernel by its values"),
+    (optax.chain(optax.clip(1.0), decayed_kernels()), "the kernel by its values"),
+    (optax.lamb(0.1, weight_decay=0.1, mask=kernels), "the kernel by its values"),
+    (
+      optax.adafactor(0.1, weight_decay_rate=0.1, weight_decay_mask=kernels),
+      "the kernel by its values",
+    ),
+    (decayed_kernels(optax.warmup_cosine_decay_schedule(0, 0.1, 5, 9)), "the kernel by its values"),
+    (optax.chain(decayed_kernels(), optax.contrib.reduce_on_plateau()), "the kernel by its values"),
+    (
+      optax.MultiSteps(decayed_kernels(), 2).gradient_transformation(),
+      "the kernel by its values",
+    ),
+    (
+      optax.apply_if_finite(optax.chain(optax.sgd(0.1), optax.freeze(biases)), 3),
+      "the kernel by its gradient",
+    ),
+    (
+      optax.MultiSteps(
+        optax.chain(optax.sgd(0.1), optax.freeze(biases)), 2
+      ).gradient_transformation(),
+      "the kernel by its gradient",
+    ),
   ],
 )
 def test_a_kernel_and_its_bias_apart(inner, match, mlp):
@@ -71,6 +99,14 @@ def test_a_kernel_and_its_bias_apart(inner, match, mlp):
       {"first": "freeze", "second": "train"},
     ),
     optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+    optax.adamw(optax.warmup_cosine_decay_schedule(0, 0.1, 5, 9)),
+    optax.contrib.muon(optax.cosine_decay_schedule(0.1, 9)),
+    optax.chain(optax.clip(1.0), optax.rmsprop(0.1, momentum=0.9)),
+    optax.apply_if_finite(optax.adamw(0.1), 3),
+    optax.MultiSteps(optax.lion(0.1), 2).gradient_transformation(),
+    optax.partition({"kernel": optax.contrib.muon(0.1), "bias": optax.lion(0.1)}, PARTS),
+    optax.chain(optax.masked(optax.adaptive_grad_clip(0.03), kernels), optax.sgd(0.1)),
+    optax.noisy_sgd(0.1, key=0),
   ],
 )
 def test_both_alike(inner, mlp):

@@ -9,6 +9,7 @@ from flax.core import FrozenDict
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -44,6 +45,58 @@ def test_find_layers_takes_those_of_the_mapping_alone():
   assert (layer.layout, layer.kernel, layer.bias, str(layer)) == (layout, 1, 0, "a/weight")
 
 
+@pytest.mark.parametrize("key", [("b", "weight"), ("b/w",)])
+def test_a_mapping_names_every_kernel(key):
+  params = {name: {"w": jnp.ones((2, 4))} for name in "ab"}
+  layouts = {("a", "w"): KernelLayout(), key: KernelLayout()}
+  raises(f"not in the parameters: {'/'.join(key)}. .*a/w, b/w", find_layers, params, layouts)
+
+
+def test_the_table_of_a_model_serves_for_a_part_of_it():
+  layouts = bnp_optax.linen.layers(nn.Sequential([nn.Dense(4), nn.Dense(3)]), jnp.ones((2, 5)))
+  (layer,) = find_layers({"layers_1": {"kernel": jnp.ones((4, 3))}}, layouts)
+  assert layer.path == ("layers_1", "kernel")
+
+
+def test_a_bias_of_another_name_is_not_overlooked():
+  params = {"a": {"w": jnp.ones((2, 4)), "b": jnp.ones(4)}}
+  raises(
+    r"Layer a/w: layers= names its bias 'bias'.* 'b' has the shape of a bias.*bias='b'",
+    *(find_layers, params, {("a", "w"): KernelLayout()}),
+  )
+  for bias, found in (("b", 0), ("", None)):
+    (layer,) = find_layers(params, {("a", "w"): KernelLayout(bias=bias)})
+    assert layer.bias == found
+
+
+def test_a_bias_with_axes_of_size_1_is_that_of_a_convolution():
+  """Equinox's Conv has the weight [output, feature, *window] and the bias [output, 1, 1]."""
+  layout = KernelLayout(window=(2, 3), feature=(1,), output=(0,), bias="bias")
+  rng = np.random.default_rng(0)
+  weight, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 2, 3, 3), (4, 1, 1)))
+  inputs = jnp.asarray(rng.normal(2, 1, (5, 9, 2)), jnp.float32)
+  tx = bnp_optax.bnp(optax.sgd(0.1), layers={("conv", "weight"): layout})
+  updates = []
+  for b in (bias, bias.ravel()):
+    params = {"conv": {"weight": weight, "bias": b}}
+    statistics = bnp_optax.layer_statistics(inputs, examples=5, rows=45, kernel="weight")
+    stats = {"conv": {"inputs": statistics}}
+    updates.append(tx.update(params, tx.init(params), params, stats=stats)[0]["conv"])
+  assert updates[0]["bias"].shape == (4, 1, 1)
+  for name in ("weight", "bias"):
+    one, other = (np.ravel(x[name]) for x in updates)
+    np.testing.assert_array_equal(one, other)
+    assert np.any(one)
+
+
+@pytest.mark.parametrize(
+  "layers", [["hidden", "head"], {"hidden": KernelLayout()}, {("hidden", "kernel"): None}, 3]
+)
+def test_layers_of_another_type(layers):
+  with pytest.raises(TypeError, match=r"layers= must map the path of each kernel.*got"):
+    bnp_optax.scale_by_bnp(layers=layers)
+
+
 def test_find_layers_skips_those_that_are_masked_out():
   masked = optax.MaskedNode()
   params = {"a": {"kernel": masked}, "b": {"kernel": masked, "bias": masked}}
@@ -54,8 +107,8 @@ def test_find_layers_skips_those_that_are_masked_out():
 def test_layers_of_another_model():
   layouts = {("conv", "kernel"): KernelLayout.by_convention(3)}
   raises(
-    "None of the kernels in layers= is in the parameters. layers= has conv/kernel; the parameters "
-    "are params/kernel",
+    "These kernels in layers= are not in the parameters: conv/kernel. The parameters are "
+    "params/kernel",
     bnp_optax.scale_by_bnp(layers=layouts).init,
     {"params": {"kernel": jnp.ones((3, 2))}},
   )
@@ -155,6 +208,17 @@ def test_a_kernel_without_statistics_is_named_with_the_remedies(mlp):
     tx.init(params),
     stats={"first": stats["first"]},
   )
+
+
+@pytest.mark.parametrize("nested", ["params", "stats"])
+def test_a_level_too_many_is_named(nested, mlp):
+  params, grads, stats = mlp
+  if nested == "params":
+    params, grads = {"params": params}, {"params": grads}
+  else:
+    stats = {"intermediates": stats}
+  tx = bnp_optax.scale_by_bnp()
+  raises("The paths differ in their first levels", tx.update, grads, tx.init(params), stats=stats)
 
 
 def test_all_kernels_without_statistics_are_listed():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnp_optax import linen, nnx
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
@@ -162,6 +163,13 @@ def test_a_number_of_examples_is_that_of_every_call(mask):
 def test_layers_that_disagree_about_the_number_of_examples():
   with pytest.raises(ValueError, match=r"disagree .*: 3 in layer name and 6 in layer name\. Pass"):
     report(call(3, 4), call(6, 4, kernel="other"))
+
+
+@pytest.mark.parametrize("options", [{"examples": 0}, {"example_axes": -1}, {"examples": "8"}])
+@pytest.mark.parametrize("context", [linen.sow_statistics, nnx.sow_statistics])
+def test_numbers_out_of_range(context, options):
+  with pytest.raises(ValueError, match="examples= must be at least 1"), context(**options):
+    pass
 
 
 def test_no_rows():

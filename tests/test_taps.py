@@ -512,6 +512,53 @@ def test_keys_are_not_examples():
   assert stats.examples == 6
 
 
+@pytest.mark.parametrize("other", [np.ones(1), np.ones((2,), np.uint32), {"a": np.ones((5, 4))}])
+def test_an_array_before_the_batch_is_refused(other):
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, other, x):
+      others = [jnp.sum(a).astype(x.dtype) for a in jax.tree.leaves(other)]
+      return nn.Dense(3, **DTYPE)(x + sum(others))
+
+  model, x = bnp_optax.linen.Tapped(Model(), examples=6), normal(6, 4)
+  params = model.init(jax.random.key(0), other, x)
+  for _ in range(2):
+    problems.raises(
+      "counts .* examples along the first array .*, but no layer has as many: there are 6 in layer "
+      "Dense_0",
+      *(model.apply, params, other, x),
+    )
+
+
+def test_an_array_before_the_batch_is_refused_in_nnx():
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.dense = nnx.Linear(4, 3, rngs=rngs, **DTYPE)
+
+    def __call__(self, other, x):
+      return self.dense(x + other[0])
+
+  x = normal(6, 4)
+  model = bnp_optax.nnx.Tapped(Model(nnx.Rngs(0)), jnp.ones(1), x, examples=6)
+  problems.raises("no layer has as many: there are 6 in layer Linear", model, jnp.ones(1), x)
+
+
+def test_layers_with_other_numbers_of_rows_are_not_the_examples():
+  """The second layer has 5 rows, those of a table of positions, and the model is called twice."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, positions):
+      x = nn.jit(nn.Dense)(3, **DTYPE)(x)
+      return x + jnp.sum(nn.Dense(3, **DTYPE)(positions), 0, keepdims=True)
+
+  model, x = bnp_optax.linen.Tapped(Model(), examples=6), normal(6, 4)
+  params = model.init(jax.random.key(0), x, normal(5, 2))
+  for _ in range(2):
+    grads = jax.grad(lambda p: loss(model.apply(p, x, normal(5, 2))))(params)
+    assert {int(s.examples) for s in from_taps(grads).values()} == {6}
+
+
 def test_kernels_with_other_axes_need_layers():
   # The shapes of this kernel and of its statistics fit a Dense.
   model = bnp_optax.linen.Tapped(

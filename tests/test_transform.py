@@ -95,6 +95,12 @@ def test_layers_without_the_scale_q(inner):
 # Errors.
 
 
+@pytest.mark.parametrize("value", [optax.constant_schedule(0.9), optax.adam(1e-3), "0.9"])
+def test_numbers_of_another_type(value):
+  with pytest.raises(TypeError, match=r"decay must be a number, got .*inject_hyperparams.*bnp\("):
+    bnp_optax.scale_by_bnp(value)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, np.nan, np.inf, jnp.float32(1.5)])
 def test_decay_out_of_range(decay):
   with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got"):

@@ -1,5 +1,7 @@
 """Paths and leaves of the trees of parameters that each framework gives."""
 
+import collections
+
 from flax import nnx
 import flax.linen as nn
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 from bnp_optax import LayerStatistics, _trees
 
+Heads = collections.namedtuple("Heads", ["query", "key", "value"])
 LINEAR = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
 BOXED = nn.Partitioned(np.ones((2, 3)), names=(None, "model"))
 
@@ -22,9 +25,10 @@ BOXED = nn.Partitioned(np.ones((2, 3)), names=(None, "model"))
     ({"dense": LINEAR}, [("dense", "bias"), ("dense", "kernel")]),
     ({"dense": {"kernel": BOXED, "bias": 1}}, [("dense", "bias"), ("dense", "kernel")]),
     (optax.EmaState(count=1, ema={"kernel": 2}), [("count",), ("ema", "kernel")]),
+    (Heads(query=1, key=2, value=3), [("query",), ("key",), ("value",)]),
     (1, [()]),
   ],
-  ids=["dictionaries", "lists", "nnx", "boxed", "named tuple", "leaf"],
+  ids=["dictionaries", "lists", "nnx", "boxed", "named tuple", "a field called value", "leaf"],
 )
 def test_flatten_gives_a_parameter_the_same_path_in_every_framework(tree, paths):
   assert [path for path, _ in _trees.flatten(tree)] == paths

@@ -14,8 +14,9 @@ import optax
 from bnp_optax._layers import plain_table
 from bnp_optax._matching import Layouts, find_layers, match_statistics
 from bnp_optax._running import ScaleByBnpState
-from bnp_optax._statistics import LayerStatistics
-from bnp_optax._trees import by_kernel, flatten, flatten_masked, is_masked
+from bnp_optax._statistics import LayerStatistics, NoStatistics
+from bnp_optax._taps import read_taps
+from bnp_optax._trees import by_kernel, flatten, flatten_masked, is_masked, unboxed
 from bnp_optax.conditioning._prediction import layer_values
 
 _LARGE_EIGENVALUE = 10.0
@@ -148,8 +149,8 @@ def diagnose(
   Args:
     params: The parameters, or their shapes.
     state: The optimizer's state, which contains that of BNP at any depth.
-    stats: The statistics of the forward pass. A layer that is missing there is reported and is not
-      an error.
+    stats: The statistics of the forward pass, or the gradients of a model in `Tapped`. A layer that
+      is missing there is reported and is not an error.
     eps_relative: As given to `bnp_optax.scale_by_bnp`.
     eps_absolute: As given to `bnp_optax.scale_by_bnp`.
     lag_guard: As given to `bnp_optax.scale_by_bnp`.
@@ -182,6 +183,8 @@ def diagnose(
   preconditioned = [x for x in find_layers(params, layers) if x.path in means]
   if not preconditioned:
     raise ValueError("diagnose: BNP's state holds statistics for no layer of these parameters.")
+  if not by_kernel(stats, LayerStatistics, NoStatistics):
+    stats = read_taps(unboxed(stats), has_layers=layers is not None)
   sown = by_kernel(stats, LayerStatistics)
   present = [layer for layer in preconditioned if layer.path in sown]
   matched = match_statistics(present, leaves, stats) if present else []

@@ -229,6 +229,11 @@ def _linen(
       _, statistics = model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
     return matrices.get("intermediates", {}), statistics["intermediates"]
 
+  if "params" not in variables:
+    raise ValueError(
+      'Give a Linen module with its variables, {"params": params} and its other collections; '
+      f"found {sorted(variables)}."
+    )
   params = flax.linen.meta.unbox(variables["params"])
   return params, linen.layers(model, *args, **kwargs), call
 
