@@ -76,11 +76,11 @@ def refuse_split_layers(
 # What is known of an array while tracing. "nonzero" is an array that is not zero in general.
 _Value = Literal["zero", "nonzero", "unknown"]
 
-# Primitives that map zeros to zeros: the result is zero where the first operand is.
-_LINEAR = {"neg", "abs", "sign", "sqrt", "cbrt", "square", "integer_pow", "real", "imag", "copy"}
-_LINEAR |= {"reduce_sum", "reduce_max", "reduce_min", "cumsum", "convert_element_type", "div"}
-_LINEAR |= {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"}
-_LINEAR |= {"dynamic_slice", "gather", "reduce_precision", "sharding_constraint", "sin", "tanh"}
+# Primitives whose result is zero if their first operand is.
+_KEEPS_ZERO = {"neg", "abs", "sign", "sqrt", "cbrt", "square", "integer_pow", "div", "copy"}
+_KEEPS_ZERO |= {"reduce_sum", "reduce_max", "reduce_min", "cumsum", "convert_element_type"}
+_KEEPS_ZERO |= {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice"}
+_KEEPS_ZERO |= {"dynamic_slice", "gather", "reduce_precision", "sharding_constraint", "tanh"}
 _SUMS = {"add", "add_any", "sub", "concatenate", "select_n"}
 _PRODUCTS = {"mul", "dot_general", "conv_general_dilated"}
 _CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "checkpoint"}
@@ -115,7 +115,7 @@ def _results(equation: Any, operands: list[_Value]) -> list[_Value]:
     return _values(called, operands)
   if name in _SUMS:
     result = _sum(operands[name == "select_n" :])
-  elif name in _LINEAR:
+  elif name in _KEEPS_ZERO:
     result = operands[0]
   elif name in _PRODUCTS and "zero" in operands:
     result: _Value = "zero"
@@ -130,11 +130,9 @@ def _sum(values: Iterable[_Value]) -> _Value:
   return "nonzero" if "nonzero" in found else "unknown" if "unknown" in found else "zero"
 
 
-def _value_of(x: Any) -> _Value:
-  try:
-    return "zero" if not np.any(x) else "nonzero"
-  except jax.errors.TracerArrayConversionError:
-    return "nonzero"
+def _value_of(constant: Any) -> _Value:
+  # A value on a device is not fetched.
+  return "nonzero" if isinstance(constant, jax.Array) or np.any(constant) else "zero"
 
 
 def _dependencies(jaxpr: Any) -> list[set[int]]:

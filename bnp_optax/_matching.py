@@ -159,8 +159,8 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
     raise ValueError(
       "BNP needs the statistics of the forward pass: call tx.update(grads, state, params, "
       "stats=stats) with the statistics that sow_statistics of bnp_optax.linen or bnp_optax.nnx "
-      "gathered. A wrapper that drops extra arguments, and bnp around another transformation of "
-      "BNP, drop them too. If a trainer calls tx.update, give it Tapped(model, ...) of "
+      "gathered. A wrapper that drops extra arguments drops them too; so does bnp around another "
+      "transformation of BNP. If a trainer calls tx.update, give it Tapped(model, ...) of "
       "bnp_optax.linen or bnp_optax.nnx as the model."
     )
   found: dict[Path, LayerStatistics] = by_kernel(stats, LayerStatistics, NoStatistics)
