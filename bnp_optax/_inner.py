@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnp_optax._matching import Layer
+from bnp_optax._kernels import Layer
 from bnp_optax._trees import flatten_masked, is_masked
 
 

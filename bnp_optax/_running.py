@@ -19,15 +19,9 @@ import optax
 
 from bnp_optax import _preconditioner
 from bnp_optax._checks import check_layouts, check_range
+from bnp_optax._kernels import Layer, Layouts, find_layers
 from bnp_optax._layout import KernelLayout
-from bnp_optax._matching import (
-  Layer,
-  Layouts,
-  check_state,
-  find_layers,
-  match_state,
-  match_statistics,
-)
+from bnp_optax._matching import check_state, match_state, match_statistics
 from bnp_optax._preconditioner import Preconditioner
 from bnp_optax._sharding import on_auto_axes, replicated
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype

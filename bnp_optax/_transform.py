@@ -9,7 +9,8 @@ import optax
 
 from bnp_optax import _preconditioner
 from bnp_optax._inner import refuse_copies_of_parameters, refuse_split_layers
-from bnp_optax._matching import Layouts, check_state, find_layers
+from bnp_optax._kernels import Layouts, find_layers
+from bnp_optax._matching import check_state
 from bnp_optax._running import RunningStatistics, ScaleByBnpState
 from bnp_optax._taps import zero_taps
 from bnp_optax._trees import unboxed

@@ -247,17 +247,13 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
   def add(updates: Any, params: Any) -> Any:
     if params is None:
       raise ValueError("add_decayed_scale_and_bias needs the parameters: update(..., params).")
-    names: dict[Any, set[str]] = {}
     paths = [path for path, _ in flatten(params)]
-    for path in paths:
-      names.setdefault(path[:-1], set()).add(path[-1])
 
     def decayed(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-      *where, name = path
-      siblings = names.get(tuple(where), set())
-      if "scale" not in siblings or "kernel" in siblings or name not in _IDENTITY:
+      siblings = {other[-1] for other in paths if other[:-1] == path[:-1]}
+      if "scale" not in siblings or "kernel" in siblings or path[-1] not in _IDENTITY:
         return update
-      return update + weight_decay * (param - _IDENTITY[name])
+      return update + weight_decay * (param - _IDENTITY[path[-1]])
 
     leaves, treedef = jax.tree.flatten(updates)
     return treedef.unflatten(map(decayed, paths, leaves, jax.tree.leaves(params)))

@@ -489,7 +489,7 @@ def test_diagnose_reads_the_gradients_of_taps():
 
 def test_survey_needs_the_variables():
   params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
-  with pytest.raises(ValueError, match=r"with its variables, .*found \['bias', 'kernel'\]"):
+  with pytest.raises(ValueError, match=r"Give variables, .*found \['bias', 'kernel'\]"):
     conditioning.survey(nn.Dense(3), params, jnp.ones((6, 4)))
 
 

@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from bnp_optax._kernels import Layouts, find_layers
 from bnp_optax._layers import plain_table
-from bnp_optax._matching import Layouts, find_layers, match_statistics
+from bnp_optax._matching import match_statistics
 from bnp_optax._running import ScaleByBnpState
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 from bnp_optax._taps import read_taps

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bnp_optax._matching import Layer, Layouts, choose_layer, find_layers
+from bnp_optax._kernels import Layer, Layouts, choose_layer, find_layers
 from bnp_optax._reporting import activate
 from bnp_optax._trees import Path, flatten_masked
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from bnp_optax import _preconditioner, linen
 from bnp_optax._calls import Call
+from bnp_optax._kernels import Layer, choose_layer, find_layers
 from bnp_optax._layers import Layers
 from bnp_optax._layout import KernelLayout
-from bnp_optax._matching import Layer, choose_layer, find_layers, match_statistics
+from bnp_optax._matching import match_statistics
 from bnp_optax._reporting import Reporter
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
 from bnp_optax._trees import Path, by_kernel, flatten_masked, split_arrays
@@ -193,7 +194,6 @@ def collect_inputs(
   found = find_layers(params, layers)
   if not found:
     raise ValueError(f"BNP covers no layer of this model:\n{layers}")
-
   arrays, rebuild = split_arrays((args, kwargs))
 
   @jax.jit
@@ -202,7 +202,7 @@ def collect_inputs(
     return call(variables, *args, **kwargs)
 
   matrices, statistics = run(variables, arrays)
-  leaves, _ = flatten_masked(params)
+  leaves = flatten_masked(params)[0]
   matched = match_statistics(found, leaves, statistics)
   by_path: dict[Path, _Matrix] = by_kernel(matrices, _Matrix)
   inputs = []
@@ -230,10 +230,7 @@ def _linen(
     return matrices.get("intermediates", {}), statistics["intermediates"]
 
   if "params" not in variables:
-    raise ValueError(
-      'Give a Linen module with its variables, {"params": params} and its other collections; '
-      f"found {sorted(variables)}."
-    )
+    raise ValueError(f"Give variables, as in {{'params': params}}; found {sorted(variables)}.")
   params = flax.linen.meta.unbox(variables["params"])
   return params, linen.layers(model, *args, **kwargs), call
 
@@ -258,8 +255,7 @@ def _nnx(
     for context in (report_calls(_MATRICES), sow_statistics()):
       with context:
         found.append(nnx.capture(nnx.merge(model, variables), Statistics)(*args, **kwargs)[1])
-    matrices, statistics = found
-    return matrices, statistics
+    return found[0], found[1]
 
   module: Any = nnx.merge(model, variables)
   return nnx.state(module, nnx.Param), layers(module, *args, **kwargs), call

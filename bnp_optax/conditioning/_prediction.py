@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bnp_optax import _preconditioner
-from bnp_optax._matching import Layer
+from bnp_optax._kernels import Layer
 from bnp_optax._statistics import LayerStatistics
 
 _BISECTIONS = 64
