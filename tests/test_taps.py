@@ -595,7 +595,7 @@ def test_no_taps(whole):
   params, *_ = whole
   plain = bnp_optax.linen.remove_taps(params)
   tx = bnp_optax.scale_by_bnp()
-  problems.raises("give it bnp_optax.linen.Tapped", tx.update, plain, tx.init(plain))
+  problems.raises(r"give it Tapped\(model", tx.update, plain, tx.init(plain))
 
 
 def test_nnx_stacks_along_another_axis_than_the_first():
