@@ -12,12 +12,20 @@ from bnp_optax._kernels import Layer
 from bnp_optax._trees import flatten_masked, is_masked
 
 
-def refuse_copies_of_parameters(inner: optax.GradientTransformation, params: optax.Params) -> None:
-  """Raise ValueError if the state of `inner` depends on the values of the parameters."""
-  closed, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
+def check_inner(
+  inner: optax.GradientTransformationExtraArgs, params: optax.Params, layers: Sequence[Layer]
+) -> None:
+  """Raise ValueError if `bnp` cannot run an optimizer on these parameters."""
+  started, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
+  _refuse_copies_of_parameters(started, state)
+  _refuse_split_layers(inner, params, layers, started, state)
+
+
+def _refuse_copies_of_parameters(started: Any, state: Any) -> None:
+  """Raise ValueError if the state that the traced ``init`` returns depends on the parameters."""
   nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
   lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in nodes)
-  if lbfgs or any(_dependencies(closed.jaxpr)):
+  if lbfgs or any(_dependencies(started.jaxpr)):
     raise ValueError(
       "bnp: the inner optimizer keeps a copy of the parameters (as schedule_free, lookahead, "
       "prodigy, dog and lbfgs do). BNP's coordinates z = P^-1 theta move with the statistics, and "
@@ -26,8 +34,12 @@ def refuse_copies_of_parameters(inner: optax.GradientTransformation, params: opt
     )
 
 
-def refuse_split_layers(
-  inner: optax.GradientTransformationExtraArgs, params: optax.Params, layers: Sequence[Layer]
+def _refuse_split_layers(
+  inner: optax.GradientTransformationExtraArgs,
+  params: optax.Params,
+  layers: Sequence[Layer],
+  started: Any,
+  state: Any,
 ) -> None:
   """Raise ValueError if `inner` leaves out the bias of a layer and not its kernel, or the reverse.
 
@@ -39,7 +51,6 @@ def refuse_split_layers(
     return inner.update(gradients, state, z, value=value)[0]
 
   try:
-    started, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
     stepped = jax.make_jaxpr(update)(params, state, params, jnp.zeros([]))
   except (KeyError, TypeError, ValueError):
     # The inner optimizer needs other extra arguments of update, which are unknown here.

@@ -59,8 +59,6 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
     bias_name = "bias" if layouts is None else layouts[path].bias
     kernel, j = leaves[i], index.get((*path[:-1], bias_name))
     bias = None if j is None else leaves[j]
-    if j is None and layouts is not None and not isinstance(layouts, Layers):
-      _check_other_bias(path, layouts, dict(named))
     if is_masked(kernel):
       if bias is not None and not is_masked(bias):
         raise ValueError(_split_layer(where, "bias", "kernel"))
@@ -86,6 +84,8 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         f"Layer {show_path(where)}: layers= has a layout of {layout.ndim} axes for it, {layout}, "
         f"but its kernel has shape {kernel.shape}. Trace the model that these parameters belong to."
       )
+    if bias is None and layouts is not None and not isinstance(layouts, Layers):
+      _check_other_bias(path, kernel.shape, layouts, named)
     if bias is not None and not _fits(bias, layout.bias_shape(kernel.shape)):
       raise ValueError(
         f"Layer {show_path(where)}: the bias has shape {bias.shape}, but its kernel of shape "
@@ -108,13 +108,15 @@ def _fits(bias: Any, shape: tuple[int, ...]) -> bool:
   return bias.shape == (*shape, *(1,) * (bias.ndim - len(shape)))
 
 
-def _check_other_bias(path: Path, layouts: Layouts, leaves: Mapping[Path, Any]) -> None:
+def _check_other_bias(
+  path: Path, kernel_shape: tuple[int, ...], layouts: Layouts, named: Iterable[tuple[Path, Any]]
+) -> None:
   """Raise ValueError if a layer has no bias of its layout's name, but another leaf may be it."""
-  layout, kernel = layouts[path], leaves[path]
-  if not layout.bias or is_masked(kernel) or layout.ndim != kernel.ndim:
+  layout = layouts[path]
+  if not layout.bias:
     return
-  shape = layout.bias_shape(kernel.shape)
-  for other, x in leaves.items():
+  shape = layout.bias_shape(kernel_shape)
+  for other, x in named:
     beside = other[:-1] == path[:-1] and other != path and other not in layouts
     if beside and not is_masked(x) and _fits(x, shape):
       raise ValueError(

@@ -8,12 +8,11 @@ from jax.typing import ArrayLike
 import optax
 
 from bnp_optax import _preconditioner
-from bnp_optax._inner import refuse_copies_of_parameters, refuse_split_layers
+from bnp_optax._inner import check_inner
 from bnp_optax._kernels import Layouts, find_layers
 from bnp_optax._matching import check_state
 from bnp_optax._running import RunningStatistics, ScaleByBnpState
 from bnp_optax._taps import zero_taps
-from bnp_optax._trees import unboxed
 
 
 def scale_by_bnp(
@@ -224,8 +223,7 @@ def bnp(
 
   def init_fn(params: optax.Params) -> BnpState:
     statistics = running.init(params)
-    refuse_copies_of_parameters(inner, params)
-    refuse_split_layers(inner, params, find_layers(unboxed(params), layers))
+    check_inner(inner, params, find_layers(params, layers))
     return BnpState(statistics, inner.init(params))
 
   def update_fn(

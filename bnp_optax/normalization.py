@@ -256,7 +256,7 @@ def add_decayed_scale_and_bias(weight_decay: float) -> optax.GradientTransformat
       return update + weight_decay * (param - _IDENTITY[path[-1]])
 
     leaves, treedef = jax.tree.flatten(updates)
-    return treedef.unflatten(map(decayed, paths, leaves, jax.tree.leaves(params)))
+    return treedef.unflatten(map(decayed, paths, leaves, treedef.flatten_up_to(params)))
 
   return optax.stateless(add)
 

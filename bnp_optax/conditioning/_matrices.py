@@ -202,7 +202,7 @@ def collect_inputs(
     return call(variables, *args, **kwargs)
 
   matrices, statistics = run(variables, arrays)
-  leaves = flatten_masked(params)[0]
+  leaves, _ = flatten_masked(params)
   matched = match_statistics(found, leaves, statistics)
   by_path: dict[Path, _Matrix] = by_kernel(matrices, _Matrix)
   inputs = []

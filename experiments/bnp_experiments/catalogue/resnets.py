@@ -81,6 +81,12 @@ _RESNET_GROUPNORM_SAME = dataclasses.replace(
 )
 
 
+def _warmed_up(*compared: methods.Method) -> tuple[methods.Method, ...]:
+  """Return methods whose learning rate rises over one epoch."""
+  warmup = methods.Warmup(epochs=1)
+  return tuple(dataclasses.replace(method, warmup=warmup) for method in compared)
+
+
 def _searched(method: methods.Method) -> methods.Method:
   """Return a method whose initial scale and groups are also chosen on held-out images.
 
@@ -176,17 +182,14 @@ FIG6_LEFT = dataclasses.replace(
     "laptop": {
       "title": "ResNet-8 on CIFAR-10, batch size 128",
       "network": resnet.ResNet(depth=8),
-      "methods": tuple(
-        dataclasses.replace(method, warmup=methods.Warmup(epochs=1))
-        for method in (
-          _RESNET_BATCHNORM,
-          _searched(_RESNET_GROUPNORM),
-          _RESNET_BNP,
-          _searched(_RESNET_BNP_GROUPNORM),
-          _RESNET_BNP_DEBIAS,
-          _RESNET_BNP_BOUNDED,
-          _searched(_RESNET_BNP_GROUPNORM_DEBIAS),
-        )
+      "methods": _warmed_up(
+        _RESNET_BATCHNORM,
+        _searched(_RESNET_GROUPNORM),
+        _RESNET_BNP,
+        _searched(_RESNET_BNP_GROUPNORM),
+        _RESNET_BNP_DEBIAS,
+        _RESNET_BNP_BOUNDED,
+        _searched(_RESNET_BNP_GROUPNORM_DEBIAS),
       ),
       "rates": (0.03, 0.1, 0.3, 1.0),
       "epochs": 12,
@@ -205,18 +208,15 @@ RESNET_20 = dataclasses.replace(
   title="ResNet-20 on CIFAR-10, batch size 128",
   place="",
   network=resnet.ResNet(depth=20),
-  methods=tuple(
-    dataclasses.replace(method, warmup=methods.Warmup(epochs=1))
-    for method in (
-      _RESNET_BATCHNORM,
-      _RESNET_BNP_BOUNDED,
-      dataclasses.replace(_RESNET_GROUPNORM, norm=_group_of_4),
-      dataclasses.replace(
-        _RESNET_BNP_GROUPNORM_DEBIAS, norm=_group_of_4, network=(("use_bias", True),)
-      ),
-      _RESNET_BNP,
-      _RESNET_BNP_DEBIAS,
-    )
+  methods=_warmed_up(
+    _RESNET_BATCHNORM,
+    _RESNET_BNP_BOUNDED,
+    dataclasses.replace(_RESNET_GROUPNORM, norm=_group_of_4),
+    dataclasses.replace(
+      _RESNET_BNP_GROUPNORM_DEBIAS, norm=_group_of_4, network=(("use_bias", True),)
+    ),
+    _RESNET_BNP,
+    _RESNET_BNP_DEBIAS,
   ),
   rates=(0.03, 0.1, 0.3),
   paper_rates={},

@@ -111,7 +111,7 @@ class Cell:
       "image": list(self.shape),
       "batch_size": self.batch_size,
       "methods": [method.name for method in self.methods],
-      "debias": True,
+      "debias": any(method.debias for method in self.methods),
     }
 
 
