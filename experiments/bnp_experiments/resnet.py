@@ -38,6 +38,8 @@ class ResNet(nn.Module):
     norm: Function that returns a normalization layer; None for a network without normalization.
     init_scale: Factor of He's initial weights.
     use_bias: Whether convolutions have biases; None for biases in networks without normalization.
+    zero_init: Whether blocks start as their shortcuts: the last weights of each block are zero, as
+      in Zhang et al., Fixup Initialization, ICLR 2019.
   """
 
   depth: int = 20
@@ -46,6 +48,7 @@ class ResNet(nn.Module):
   norm: Norm | None = None
   init_scale: float = 1.0
   use_bias: bool | None = None
+  zero_init: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -63,6 +66,7 @@ class ResNet(nn.Module):
           self.norm,
           stride=2 if stage and not number else 1,
           order=_POST if not self.preactivation else _PRE if stage or number else _FIRST,
+          zero_init=self.zero_init,
         )(hidden, train=train)
     if self.preactivation:
       hidden = _activate(hidden, self.norm, train)
@@ -133,6 +137,7 @@ class Block(nn.Module):
     stride: Stride of the first convolution.
     projection: Whether the shortcut is a 1 x 1 convolution instead of having no parameters.
     order: Position of normalization and ReLU.
+    zero_init: Whether the weights of the second convolution start at zero.
   """
 
   channels: int
@@ -141,6 +146,7 @@ class Block(nn.Module):
   stride: int = 1
   projection: bool = False
   order: str = _POST
+  zero_init: bool = False
 
   @nn.compact
   def __call__(self, inputs: jax.Array, *, train: bool) -> jax.Array:
@@ -149,7 +155,8 @@ class Block(nn.Module):
     changes = self.stride > 1 or inputs.shape[-1] != self.channels
     shortcut = hidden if changes else inputs
     hidden = self.conv(self.channels, (3, 3), strides=self.stride)(hidden)
-    hidden = self.conv(self.channels, (3, 3))(_activate(hidden, self.norm, train))
+    last = {"kernel_init": nn.initializers.zeros} if self.zero_init else {}
+    hidden = self.conv(self.channels, (3, 3), **last)(_activate(hidden, self.norm, train))
     if self.order == _POST:
       hidden = normalize(hidden, self.norm, train)
     if self.projection:

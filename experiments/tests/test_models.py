@@ -7,6 +7,7 @@ from bnp_experiments import models, resnet
 from bnp_experiments.models import CNN, MLP
 from bnp_experiments.resnet import ResNet, ResNet18
 from bnp_experiments.transformers import LanguageModel, ViT
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,23 @@ def test_every_kernel_is_covered(name, norm):
   }
   assert set(layers) == kernels
   assert len(kernels) > 2
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_block_starts_as_its_shortcut(changes):
+  """Compare a block whose last weights are zero with the shortcut of 2016a, option A."""
+  block = resnet.Block(8, nn.Conv, None, stride=1 + changes, zero_init=True)
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4 if changes else 8))
+  actual, _ = block.init_with_output(jax.random.key(1), x, train=True)
+  shortcut = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (0, 4))) if changes else x
+  np.testing.assert_array_equal(actual, jnp.maximum(shortcut, 0))
+
+
+def test_every_block_starts_as_its_shortcut():
+  model = ResNet(14, zero_init=True)
+  params = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)), train=True)["params"]
+  kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+  assert sum(not jnp.any(kernel) for kernel in kernels) == 6
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -68,6 +68,22 @@ _RESNET_BNP_GROUPNORM_DEBIAS = dataclasses.replace(
   marker="*",
   debias=True,
 )
+# Networks without normalization whose blocks start as their shortcuts.
+_RESNET_MOMENTUM_ZERO = dataclasses.replace(
+  methods.MOMENTUM,
+  name="momentum_zero",
+  label="momentum, zero init",
+  weight_decay=1e-4,
+  network=(("zero_init", True),),
+)
+_RESNET_BNP_ZERO = dataclasses.replace(
+  _RESNET_BNP_DEBIAS,
+  name="bnp_zero",
+  label="BNP, debias, zero init",
+  colour="#000064",
+  marker="<",
+  network=(("zero_init", True),),
+)
 # The paper does not compare with GroupNorm at the settings of BNP + GroupNorm. At `laptop` both
 # methods are searched over the same settings, with both readings of the paper's "group size 4".
 _RESNET_GROUPNORM_SAME = dataclasses.replace(
@@ -217,6 +233,8 @@ RESNET_20 = dataclasses.replace(
     ),
     _RESNET_BNP,
     _RESNET_BNP_DEBIAS,
+    _RESNET_BNP_ZERO,
+    _RESNET_MOMENTUM_ZERO,
   ),
   rates=(0.03, 0.1, 0.3),
   paper_rates={},
@@ -237,6 +255,18 @@ RESNET_20 = dataclasses.replace(
     Claim(
       "BNP + GroupNorm with debias ends where BatchNorm does",
       comparable("bnp_groupnorm_debias", "batchnorm"),
+    ),
+    Claim(
+      "BNP with blocks that start as shortcuts ends above BNP with a bounded step",
+      better("bnp_zero", "bnp_bounded"),
+    ),
+    Claim(
+      "BNP with blocks that start as shortcuts ends above momentum with them",
+      better("bnp_zero", "momentum_zero"),
+    ),
+    Claim(
+      "BNP with blocks that start as shortcuts ends where BatchNorm does",
+      comparable("bnp_zero", "batchnorm"),
     ),
   ),
   scales={
