@@ -10,8 +10,7 @@ import flax.linen as nn
 
 from bnp_optax._calls import Call
 from bnp_optax._linen import report_calls
-from bnp_optax._reporting import check_examples
-from bnp_optax._taps import TapReporter, count_examples, name_tap
+from bnp_optax._taps import TapReporter, check_settings, count_examples, name_tap
 from bnp_optax._trees import show_path
 
 
@@ -70,9 +69,9 @@ class Tapped:
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
 
   Raises:
-    ValueError: If `examples` or `example_axes` is out of range. From ``apply``, while tracing, if
-      no argument has the example axes, if the first that has them is not the batch, or if the taps
-      are not float32 or float64.
+    ValueError: If `examples` is not a number of at least 1, or `example_axes` is negative. From
+      ``apply``, while tracing, if no argument has the example axes, if the first that has them is
+      not the batch, or if the taps are not float32 or float64.
   """
 
   model: nn.Module = dataclasses.field(kw_only=False)
@@ -82,7 +81,7 @@ class Tapped:
 
   def __post_init__(self) -> None:
     """Raise ValueError for numbers out of range."""
-    check_examples(self.examples, self.example_axes)
+    check_settings(self.examples, self.example_axes)
 
   def __getattr__(self, name: str) -> Any:
     """Return any other attribute of the model."""

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from bnp_optax._calls import Call
 from bnp_optax._nnx import describe, is_reporting, report_calls
-from bnp_optax._reporting import check_examples
-from bnp_optax._taps import TapReporter, count_examples, is_tap, name_tap
+from bnp_optax._taps import TapReporter, check_settings, count_examples, is_tap, name_tap
 from bnp_optax._trees import split_arrays
 
 
@@ -67,7 +66,7 @@ class Tapped(nnx.Module):
     **kwargs: Any,
   ) -> None:
     """Add the taps to the model."""
-    check_examples(examples, example_axes)
+    check_settings(examples, example_axes)
     self.model = model
     self.examples = examples
     self.example_axes = example_axes

@@ -20,10 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import call_statistics
+from bnp_optax._reporting import call_statistics, check_examples
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 from bnp_optax._trees import by_kernel, is_masked, name_path
 
@@ -105,6 +106,17 @@ def read_taps(updates: Any, *, has_layers: bool) -> Any:
 
   stats = jax.tree_util.tree_map_with_path(read, updates, is_leaf=is_tap)
   return stats if by_kernel(stats, LayerStatistics, NoStatistics) else None
+
+
+def check_settings(examples: int, example_axes: int) -> None:
+  """Raise ValueError if `Tapped` cannot count examples with these arguments."""
+  # The share of a call is a constant of its backward pass.
+  if not isinstance(examples, int | float | np.number):
+    raise ValueError(
+      "Tapped needs examples= as a number, that of the examples of one update, got "
+      f"{type(examples).__name__}."
+    )
+  check_examples(examples, example_axes)
 
 
 def count_examples(

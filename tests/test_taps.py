@@ -493,6 +493,14 @@ def test_numbers_out_of_range(examples, example_axes):
     bnp_optax.nnx.Tapped(model, normal(2, 4), examples=examples, example_axes=example_axes)
 
 
+@pytest.mark.parametrize("examples", [None, jnp.asarray(4), "4"])
+def test_the_number_of_examples_is_known(examples):
+  with pytest.raises(ValueError, match="Tapped needs examples= as a number"):
+    bnp_optax.linen.Tapped(nn.Dense(3), examples=examples)
+  with pytest.raises(ValueError, match="Tapped needs examples= as a number"):
+    bnp_optax.nnx.Tapped(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), normal(2, 4), examples=examples)
+
+
 def test_no_axis_of_examples():
   model = bnp_optax.linen.Tapped(nn.Dense(3, **DTYPE), examples=4)
   params = model.init(jax.random.key(0), jnp.ones(4))
