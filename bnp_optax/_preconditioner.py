@@ -83,12 +83,16 @@ def make_preconditioner(
 ) -> Preconditioner:
   """Take step 3: compute sigma-tilde and q from the running statistics and the batch size.
 
-  ``largest`` is the maximum of ``sigma2`` over the features, where it has been computed already.
+  Inputs that have not varied, such as a first single row, have a ``sigma-tilde`` of 1, which is not
+  in the paper. ``largest`` is the maximum of ``sigma2`` over the features, where it has been
+  computed already.
   """
   if largest is None:
     largest = jnp.max(sigma2, axis=(1, 2), keepdims=True)
+  # z_w is then rounding alone. Division by sqrt(eps_2) would multiply it, and Adam by far more.
+  sigma = jnp.where(largest > 0, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), 1)
   q2 = jnp.maximum(window * mu.shape[-1] / examples, jnp.sqrt(positions))
-  return Preconditioner(mu, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), jnp.sqrt(q2))
+  return Preconditioner(mu, sigma, jnp.sqrt(q2))
 
 
 def guard_against_lag(
@@ -99,7 +103,7 @@ def guard_against_lag(
   A running mean that is ``delta`` deviations behind that of the batch gives the preconditioned
   Hessian an eigenvalue of ``1 + sum delta^2`` over the ``n`` inputs of one output. The sampling
   noise of ``mu_H`` alone makes it some ``1 + n / rows``. The divisor is the ratio of the first to
-  ``1 + c n / rows``, and at least 1. It is 1 if the mean of the batch is not finite.
+  ``1 + c n / rows``, and at least 1. It is 1 if ``lag2`` is not finite.
   """
   delta2 = ((mu_H - p.mu) / p.sigma) ** 2
   n = window * mu_H.shape[-1]

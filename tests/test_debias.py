@@ -162,6 +162,17 @@ def test_the_first_step_is_that_of_the_matrix_of_the_batch(problem, make):
     np.testing.assert_allclose(columns(updates[name]), expected, rtol=2e-4, atol=1e-6)
 
 
+def test_a_first_single_row_does_not_multiply_rounding():
+  """The gradient of the kernel in z is then rounding alone, of which only the sign is used here."""
+  model = problems.MLP()
+  params, batch = problems.make(model, (1, 5))
+  grads, stats = problems.grads_and_stats(model, params, batch)
+  tx = bnp_optax.bnp(optax.sign_sgd(0.1))
+  updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)
+  for name in params:
+    assert jnp.max(jnp.abs(updates[name]["kernel"])) <= 0.1
+
+
 def test_micro_batches_equal_one_batch(problem):
   params, grads, stats = problem
   x = np.random.default_rng(1).normal(3, 2, (12, 5)).astype(np.float32)
