@@ -169,6 +169,11 @@ def _report(reporter: Reporter | TapReporter, layer: nn.Module, call: Call, outp
   return reporter.report(layer, COLLECTION, call, outputs)
 
 
+def is_reporting() -> bool:
+  """Return True within a context of `report_calls` in this thread."""
+  return _active.get() is not None
+
+
 @contextlib.contextmanager
 def report_calls(reporter: Reporter | TapReporter) -> Iterator[Reporter | TapReporter]:
   """Pass every call of a linear layer to ``reporter`` within this context.

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from bnp_optax._calls import Call
-from bnp_optax._linen import report_calls
+from bnp_optax._linen import is_reporting, report_calls
 from bnp_optax._taps import TapReporter, check_settings, count_examples, name_tap
 from bnp_optax._trees import show_path
 
@@ -67,17 +67,21 @@ class Tapped:
       examples: 1 for a mean over sequences or images, 2 for a mean over the tokens of ``[batch,
       time]``, 0 if `jax.vmap` maps single examples.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
+    batch_argument: Position or name of the argument of the model whose first array counts the
+      examples, for a model that takes other arrays, such as the state of a recurrent layer, before
+      its batch; None for the first array of all arguments.
 
   Raises:
     ValueError: If `examples` is not a number of at least 1, or `example_axes` is negative. From
-      ``apply``, while tracing, if no argument has the example axes, if the first that has them is
-      not the batch, or if the taps are not float32 or float64.
+      ``apply``, while tracing, if no argument has the example axes, if arrays and layers disagree
+      about the number of examples, or if the taps are not float32 or float64.
   """
 
   model: nn.Module = dataclasses.field(kw_only=False)
   examples: int
   example_axes: int = 1
   exact_windows: bool = False
+  batch_argument: int | str | None = None
 
   def __post_init__(self) -> None:
     """Raise ValueError for numbers out of range."""
@@ -89,20 +93,44 @@ class Tapped:
 
   def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the variables that ``model.init`` returns, and a tap beside each kernel."""
-    with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
-      return self.model.init(rngs, *args, **kwargs)
+    return self._add_taps(self.model.init, rngs, *args, **kwargs)
+
+  def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what ``model.init_with_output`` returns, with a tap beside each kernel."""
+    return self._add_taps(self.model.init_with_output, rngs, *args, **kwargs)
+
+  def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the variables that ``model.lazy_init`` returns, and a tap beside each kernel."""
+    return self._add_taps(self.model.lazy_init, rngs, *args, **kwargs)
+
+  def bind(self, *args: Any, **kwargs: Any) -> Any:
+    """Raise ValueError: the calls of a bound model would not be counted."""
+    raise ValueError("Tapped: a model that is bound reports nothing. Use apply(..., method=...).")
 
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return what ``model.apply`` returns. Layers without a tap in `variables` report nothing."""
-    arguments = (*args, *kwargs.values())
+    # Within sow_statistics, the layers report to it.
+    if is_reporting():
+      return self.model.apply(variables, *args, **kwargs)
     params, expected = count_examples(
-      variables.get("params", {}), arguments, self.examples, self.example_axes
+      variables.get("params", {}),
+      args,
+      {name: x for name, x in kwargs.items() if name != "rngs"},
+      self.examples,
+      self.example_axes,
+      self.batch_argument,
     )
     reporter = TapReporter(_find_tap, _describe, self.exact_windows, self.example_axes, expected)
     with report_calls(reporter):
       outputs = self.model.apply({**variables, "params": params}, *args, **kwargs)
     reporter.check()
     return outputs
+
+  def _add_taps(self, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if is_reporting():
+      return init(*args, **kwargs)
+    with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
+      return init(*args, **kwargs)
 
 
 def _find_tap(module: Any, call: Call, make: Callable[[], Any]) -> Any:

@@ -49,6 +49,7 @@ class Tapped(nnx.Module):
     examples: As in `bnp_optax.linen.Tapped`.
     example_axes: As in `bnp_optax.linen.Tapped`.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
+    batch_argument: As in `bnp_optax.linen.Tapped`.
     **kwargs: Keyword arguments of the model.
 
   Raises:
@@ -63,6 +64,7 @@ class Tapped(nnx.Module):
     examples: int,
     example_axes: int = 1,
     exact_windows: bool = False,
+    batch_argument: int | str | None = None,
     **kwargs: Any,
   ) -> None:
     """Add the taps to the model."""
@@ -71,6 +73,7 @@ class Tapped(nnx.Module):
     self.examples = examples
     self.example_axes = example_axes
     self.exact_windows = exact_windows
+    self.batch_argument = batch_argument
     _add_taps(model, exact_windows, args, kwargs)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +84,12 @@ class Tapped(nnx.Module):
       return model(*args, **kwargs)
     graph, taps, rest = nnx.split(model, Tap, ...)
     counted, expected = count_examples(
-      nnx.to_pure_dict(taps), (*args, *kwargs.values()), self.examples, self.example_axes
+      nnx.to_pure_dict(taps),
+      args,
+      kwargs,
+      self.examples,
+      self.example_axes,
+      self.batch_argument,
     )
     taps = jax.tree.map(lambda x: x, taps)
     nnx.replace_by_pure_dict(taps, counted)

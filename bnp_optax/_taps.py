@@ -12,7 +12,7 @@ add up to :math:`c`, by which the statistics are divided.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -120,21 +120,36 @@ def check_settings(examples: int, example_axes: int) -> None:
 
 
 def count_examples(
-  params: Any, arguments: Iterable[Any], examples: int, example_axes: int
+  params: Any,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+  examples: int,
+  example_axes: int,
+  batch_argument: int | str | None,
 ) -> tuple[Any, int | None]:
   """Return parameters whose taps count the examples of one call of the model.
 
-  Also return their number if the arguments disagree about it, and None if they agree.
+  Also return their number if the arguments disagree about it, and None if they agree, or if
+  `batch_argument` decides.
 
   Args:
     params: The parameters.
-    arguments: The arguments of the call.
+    args: Arguments of the call.
+    kwargs: Keyword arguments of the call.
     examples: Number of examples that the loss is a mean over.
     example_axes: Number of leading axes of the first array among the arguments that count examples.
+    batch_argument: The argument that has this array; None for the first that has one.
 
   Raises:
-    ValueError: If there is no such array.
+    ValueError: If there is no such array or argument.
   """
+  named = dict(enumerate(args)) | dict(kwargs)
+  if batch_argument is not None and batch_argument not in named:
+    raise ValueError(
+      f"Tapped: the model is called without the argument {batch_argument!r} that batch_argument= "
+      f"refers to. The arguments are {[*named]}."
+    )
+  arguments = named.values() if batch_argument is None else (named[batch_argument],)
   leaves = [x for x in jax.tree.leaves([*arguments]) if hasattr(x, "dtype")]
   # Not a random key, which has a dtype of its own.
   leaves = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
@@ -151,7 +166,8 @@ def count_examples(
     counted = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
     return _count(count, count / examples, {**tap, **counted})
 
-  return map_taps(count_call, params), count if len(set(counts)) > 1 else None
+  unclear = batch_argument is None and len(set(counts)) > 1
+  return map_taps(count_call, params), count if unclear else None
 
 
 def _follow(tree: Any, reference: jax.Array) -> Any:
@@ -173,8 +189,8 @@ def _count(count: int, share: float, tap: Any) -> Any:
 
 
 def _count_forward(count: int, share: float, tap: Any) -> tuple[Any, None]:
-  del count, share
-  return tap, None
+  # Not the tap alone: where a derivative is differentiated, the outer rule is that of this call.
+  return _count(count, share, tap), None
 
 
 def _count_backward(count: int, share: float, residuals: None, cotangent: Any) -> tuple[Any]:
@@ -195,8 +211,7 @@ def _identity(outputs: Any, tap: Any, sums: Any) -> Any:
 
 
 def _identity_forward(outputs: Any, tap: Any, sums: Any) -> tuple[Any, Any]:
-  del tap
-  return outputs, sums
+  return _identity(outputs, tap, sums), sums
 
 
 def _identity_backward(sums: Any, cotangent: Any) -> tuple[Any, Any, None]:
@@ -208,7 +223,9 @@ _identity.defvjp(_identity_forward, _identity_backward)
 
 @dataclasses.dataclass(frozen=True)
 class TapReporter:
-  """Connects the calls of linear layers to their taps. It has the interface of `Reporter`.
+  """Connects the calls of linear layers to their taps.
+
+  It shares `report` and `key` with `Reporter`.
 
   Attributes:
     find_tap: Returns the tap of the kernel of a module's call, given a function that makes it; None
@@ -216,7 +233,7 @@ class TapReporter:
     describe: Returns the name of the layer of a call in errors.
     exact_windows: As in `Reporter`.
     example_axes: As in `Tapped`.
-    expected: Number of examples that some layer must have; None without a check.
+    expected: Number of examples that the layers must have; None without a check.
   """
 
   find_tap: Callable[[Any, Call, Callable[[], Any]], Any]
@@ -225,22 +242,22 @@ class TapReporter:
   example_axes: int = 1
   expected: int | None = None
   _found: dict[int, str] = dataclasses.field(default_factory=dict, compare=False)
-  _identity: object = dataclasses.field(default_factory=object, compare=False)
+  _unique: object = dataclasses.field(default_factory=object, compare=False)
 
   @property
   def key(self) -> Hashable:
     """Functions traced under an equal key are reused."""
     # A function that was traced under an equal key would not report its calls to check.
-    return (self.find_tap, self.exact_windows, self.expected is not None and self._identity)
+    return (self.find_tap, self.exact_windows, self.expected is not None and self._unique)
 
   def check(self) -> None:
-    """Raise ValueError if no layer was called with the expected number of examples."""
-    if self.expected is not None and self._found and self.expected not in self._found:
+    """Raise ValueError if a layer was called with another number of examples."""
+    if self.expected is not None and {*self._found} - {self.expected}:
       found = " and ".join(f"{n} in layer {name}" for n, name in self._found.items())
       raise ValueError(
-        f"Tapped counts {self.expected} examples along the first array among the arguments, but no "
-        f"layer has as many: there are {found}. Give the model its batch before all other arrays, "
-        "and random keys as jax.random.key makes them."
+        f"Tapped counts {self.expected} examples along the first array among the arguments, but "
+        f"other arrays and the layers have other numbers: there are {found}. Pass batch_argument=, "
+        "the position or the name of the argument that has the batch."
       )
 
   def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:

@@ -223,6 +223,7 @@ def layers(
     # init takes all positions; a decoding cache would take one at a time.
     for collection in ("intermediates", "cache"):
       variables.pop(collection, None)
+    variables["params"] = remove_taps(variables.get("params", {}))
     reporter = Reporter(
       record, merge_observed, exact_windows, leave=leave_observation, covers_nested=True
     )
@@ -230,7 +231,7 @@ def layers(
       _, aux = type(model).apply(
         model, variables, *args, mutable=True, rngs={"params": key}, **kwargs
       )
-    return variables.get("params", {}), aux.get("intermediates", {})
+    return variables["params"], aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, observations = jax.eval_shape(with_axes(trace, axis_name), key, arrays)

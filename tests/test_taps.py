@@ -481,6 +481,49 @@ def test_attributes_of_the_model():
     _ = model.nonsense
 
 
+def test_a_loss_of_a_derivative_of_the_model():
+  """Forces are the gradient of an energy with respect to the inputs."""
+  model, x = nn.Sequential([nn.Dense(4, **DTYPE), jnp.tanh, nn.Dense(1, **DTYPE)]), normal(6, 3)
+  tapped = bnp_optax.linen.Tapped(model, examples=6)
+  params = tapped.init(jax.random.key(0), x)["params"]
+
+  def loss_fn(params, apply=tapped.apply):
+    def energy(x):
+      energies = apply({"params": params}, x)
+      return energies.sum(), energies
+
+    forces, energies = jax.grad(energy, has_aux=True)(x)
+    return loss(forces) + loss(energies)
+
+  grads = jax.jit(jax.grad(loss_fn))(params)
+  plain = bnp_optax.linen.remove_taps(params)
+  assert_close(bnp_optax.linen.remove_taps(grads), jax.grad(loss_fn)(plain, model.apply))
+  assert_same_statistics(
+    from_taps(grads), by_kernel(sown_linen(model, plain, x)[1], LayerStatistics)
+  )
+
+
+def test_every_init_adds_taps():
+  x, key = normal(6, 4), jax.random.key(0)
+  model = bnp_optax.linen.Tapped(nn.Dense(3, **DTYPE), examples=6)
+  variables = model.init(key, x)
+  outputs, other = model.init_with_output(key, x)
+  assert outputs.shape == (6, 3)
+  assert_close(other, variables, rtol=0)
+  assert_close(model.lazy_init(key, jax.ShapeDtypeStruct(x.shape, x.dtype)), variables, rtol=0)
+  problems.raises("a model that is bound reports nothing", model.bind, variables)
+
+
+def test_within_other_contexts_the_layers_report_to_those():
+  x = normal(6, 4)
+  model = bnp_optax.linen.Tapped(nn.Dense(3, **DTYPE), examples=6)
+  plain = model.model.init(jax.random.key(0), x)
+  with bnp_optax.linen.sow_statistics():
+    _, aux = model.apply(plain, x, mutable=["intermediates"])
+  assert [x.rows for x in by_kernel(aux["intermediates"], LayerStatistics).values()] == [6]
+  assert str(bnp_optax.linen.layers(model, x)) == str(bnp_optax.linen.layers(model.model, x))
+
+
 # Errors.
 
 
@@ -532,10 +575,12 @@ def test_an_array_before_the_batch_is_refused(other):
   params = model.init(jax.random.key(0), other, x)
   for _ in range(2):
     problems.raises(
-      "counts .* examples along the first array .*, but no layer has as many: there are 6 in layer "
-      "Dense_0",
+      "counts .* along the first array .* have other numbers: there are 6 in layer Dense_0",
       *(model.apply, params, other, x),
     )
+  model = bnp_optax.linen.Tapped(Model(), examples=6, batch_argument=1)
+  (stats,) = from_taps(jax.grad(lambda p: loss(model.apply(p, other, x)))(params)).values()
+  assert stats.examples == 6
 
 
 def test_an_array_before_the_batch_is_refused_in_nnx():
@@ -548,7 +593,10 @@ def test_an_array_before_the_batch_is_refused_in_nnx():
 
   x = normal(6, 4)
   model = bnp_optax.nnx.Tapped(Model(nnx.Rngs(0)), jnp.ones(1), x, examples=6)
-  problems.raises("no layer has as many: there are 6 in layer Linear", model, jnp.ones(1), x)
+  problems.raises("other numbers: there are 6 in layer Linear", model, jnp.ones(1), x)
+  model = bnp_optax.nnx.Tapped(model.model, jnp.ones(1), x, examples=6, batch_argument="x")
+  grads = nnx.grad(lambda model: loss(model(jnp.ones(1), x=x)))(model)
+  assert [x.examples for x in from_taps(grads).values()] == [6]
 
 
 def test_layers_with_other_numbers_of_rows_are_not_the_examples():
@@ -563,8 +611,30 @@ def test_layers_with_other_numbers_of_rows_are_not_the_examples():
   model, x = bnp_optax.linen.Tapped(Model(), examples=6), normal(6, 4)
   params = model.init(jax.random.key(0), x, normal(5, 2))
   for _ in range(2):
+    problems.raises("Pass batch_argument=", model.apply, params, x, normal(5, 2))
+  model = bnp_optax.linen.Tapped(Model(), examples=6, batch_argument=0)
+  for _ in range(2):
     grads = jax.grad(lambda p: loss(model.apply(p, x, normal(5, 2))))(params)
     assert {int(s.examples) for s in from_taps(grads).values()} == {6}
+
+
+def test_the_state_of_a_recurrent_layer_before_the_batch():
+  """The loss is a mean over time and batch, the layers in the loop have the batch alone."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, carry, x):
+      cell = nn.RNN(nn.GRUCell(3, **DTYPE), time_major=True)
+      return cell(nn.Dense(4, **DTYPE)(x), initial_carry=carry)
+
+  carry, x = normal(4, 3), normal(5, 4, 2)
+  model = bnp_optax.linen.Tapped(Model(), examples=20, example_axes=2, batch_argument="x")
+  params = model.init(jax.random.key(0), carry, x)
+  stats = from_taps(jax.grad(lambda p: loss(model.apply(p, carry, x=x)))(params))
+  assert {(int(s.examples), int(s.rows)) for s in stats.values()} == {(20, 20)}
+  problems.raises("without the argument 'x'", model.apply, params, carry, x)
+  model = bnp_optax.linen.Tapped(Model(), examples=20)
+  problems.raises("Pass batch_argument=", model.apply, params, carry, x)
 
 
 def test_kernels_with_other_axes_need_layers():
