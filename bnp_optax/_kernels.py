@@ -46,10 +46,18 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
   missing = [path for path in layouts or () if path not in index]
   # The table of a model may serve for a part of its parameters, such as those that are trained.
   if missing and (len(missing) == len(layouts or ()) or not isinstance(layouts, Layers)):
+    above = next((path[0] for path in index if path[1:] == missing[0]), None)
+    level = (
+      ""
+      if above is None
+      else f", or add their first level: layers={{({above!r}, *path): x for path, x in "
+      f"layers.items()}} and stats={{{above!r}: stats}}"
+    )
     raise ValueError(
       f"These kernels in layers= are not in the parameters: {show_paths(missing)}. The parameters "
       f"are {show_paths(index)}. Trace the model that these parameters belong to, and pass the "
-      '"params" collection itself to this transformation. A key of layers= is a tuple of names.'
+      f'"params" collection itself to this transformation{level}. A key of layers= is a tuple of '
+      "names."
     )
   layers = []
   for path, i in index.items():

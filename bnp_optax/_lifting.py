@@ -50,11 +50,11 @@ class _Lifted:
 
 # A function of a path under a map_variables: for each axis of the kernel, the axis of the parameter
 # at the path that it is. Empty if the parameter is not mapped, None if no axis is another.
-_Mapping = Callable[[Path], tuple[int, ...] | None]
+_AxesOf = Callable[[Path], tuple[int, ...] | None]
 
 # The transform that is about to be packed, and those that enclose a layer, the innermost last.
 _lifted: contextvars.ContextVar[_Lifted | None] = contextvars.ContextVar("lifted", default=None)
-_outer: contextvars.ContextVar[tuple[_Lifted | _Mapping, ...]] = contextvars.ContextVar(
+_outer: contextvars.ContextVar[tuple[_Lifted | _AxesOf, ...]] = contextvars.ContextVar(
   "outer", default=()
 )
 
@@ -100,7 +100,7 @@ def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Call
       return packed
     if kwargs.get("name") == "map_variables":
       function = inspect.getclosurevars(fn).nonlocals["map_in_fn"]
-      return _within(packed, reporter, functools.partial(_mapping, function, in_filters[0]))
+      return _within(packed, reporter, functools.partial(_axes_of, function, in_filters[0]))
     if lifted is None:
       return packed
     packed = _within(packed, reporter, lambda _: lifted)
@@ -139,7 +139,7 @@ def _with_merged_statistics(
 def _within(
   packed: Callable[..., Any],
   reporter: Reporter,
-  element: Callable[[tuple[Scope, ...]], _Lifted | _Mapping],
+  element: Callable[[tuple[Scope, ...]], _Lifted | _AxesOf],
 ) -> Callable[..., Any]:
   """Return a packed transform whose layers find it, described from its scopes, in `_outer`."""
 
@@ -152,7 +152,7 @@ def _within(
   return call
 
 
-def _mapping(function: Callable[..., Any], mapped: Any, scopes: tuple[Scope, ...]) -> _Mapping:
+def _axes_of(function: Callable[..., Any], mapped: Any, scopes: tuple[Scope, ...]) -> _AxesOf:
   """Return what `map_variables` with a function does to the axes of the parameter at a path."""
 
   def axes(path: Path) -> tuple[int, ...] | None:
@@ -202,8 +202,8 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
       "of nested nn.scan or nn.vmap only the inner one has the intermediates in variable_axes: "
       "leave them out there"
     )
-  for mapping in reversed(_outer.get()):
-    axes = () if isinstance(mapping, _Lifted) else mapping(path)
+  for transform in reversed(_outer.get()):
+    axes = () if isinstance(transform, _Lifted) else transform(path)
     if axes is None or (axes and len(axes) != call.layout.ndim):
       problem = problem or (
         "nn.map_variables computes its kernel from its parameter, and which axis of one is which "

@@ -46,7 +46,9 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       'themselves, as in variables["params"] and aux["intermediates"]. '
     )
     ends = {path[-n:] for path in found for n in range(1, len(path))}
-    nested = any(x.path in ends or x.path[-len(y) :] == y for x in missing for y in found)
+    nested = len(missing) == len(layers) and any(
+      x.path in ends or x.path[-len(y) :] == y for x in missing for y in found
+    )
     raise ValueError(
       f"No statistics for {', '.join(map(str, missing))}. There are statistics for "
       f"{show_paths(map(layer_path, found))}. {levels * nested}"

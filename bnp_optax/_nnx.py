@@ -29,7 +29,7 @@ class Statistics(nnx.Variable[Any]):
   """Variable type of the statistics. Capture it with ``nnx.capture(model, Statistics)``."""
 
 
-def _lora(layer: nnx.LoRA, outputs: Any, exact_windows: bool, x: jax.Array) -> list[Call]:
+def _lora(layer: nnx.LoRA, exact_windows: bool, outputs: Any, x: jax.Array) -> list[Call]:
   """Read LoRA as two consecutive linear maps."""
   del outputs, exact_windows
   h, a = layer.promote_dtype((x, layer.lora_a[...]), dtype=layer.dtype)
@@ -127,6 +127,11 @@ def _own_call(
 ) -> Call:
   shapes = {k: x.shape for k, x in vars(layer).items() if isinstance(x, nnx.Param)}
   return own_call(type(layer).__name__, shapes, kernel, inputs, equation, bias)
+
+
+def is_layer(module: nnx.Module) -> bool:
+  """Return True for a module of a class whose calls are reported."""
+  return isinstance(module, tuple(layer_class for layer_class, _ in _READERS))
 
 
 def is_reporting() -> bool:

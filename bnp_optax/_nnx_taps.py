@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax._calls import Call
-from bnp_optax._nnx import describe, is_reporting, report_calls
+from bnp_optax._nnx import describe, is_layer, is_reporting, report_calls
 from bnp_optax._taps import TapReporter, check_settings, count_examples, is_tap, name_tap
 from bnp_optax._trees import split_arrays
 
@@ -124,7 +124,8 @@ def _add_taps(
   model: nnx.Module, exact_windows: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
   """Add a tap to every linear layer that a call of the model uses."""
-  modules: list[Any] = [module for _, module in nnx.iter_modules(model)]
+  # Modules of other kinds may refuse a new attribute, such as nnx.bridge.ToNNX.
+  modules: list[Any] = [x for _, x in nnx.iter_modules(model) if is_layer(x)]
   arrays, rebuild = split_arrays((args, kwargs))
 
   def add(module: Any, call: Call, make: Callable[[], Any]) -> None:

@@ -49,10 +49,10 @@ class Observation:
   problem: str = dataclasses.field(metadata={"static": True})
 
 
-def observe_call(call: Call, kind: str, example_axes: int = 1) -> Observation:
+def observe_call(call: Call, kind: str) -> Observation:
   """Return the observation of one call of a layer."""
   # Not max(): a symbolic size cannot be compared with 1.
-  examples = math.prod(call.example_shape(example_axes)) or 1
+  examples = math.prod(call.example_shape(1)) or 1
   rows = math.prod(call.leading) if call.rows is None else call.rows
   return Observation(
     marker=jnp.zeros(()),
@@ -132,6 +132,10 @@ def make_layers(
     if not any(has_prefix(path, prefix) for path in shapes):
       raise ValueError(f"ignore= has a prefix of no parameter of the model: {prefix!r}.")
   observed: dict[Path, Observation] = by_kernel(observations, Observation)
+  for path, x in flatten(params):
+    if path in observed and not jnp.issubdtype(x.dtype, jnp.floating):
+      problem = f"BNP is defined for real kernels, found {x.dtype}"
+      observed[path] = dataclasses.replace(observed[path], problem=problem)
   beside = {(*path[:-1], x.layout.bias) for path, x in observed.items()}
   beside |= {(*path[:-1], "bias") for path in called}
   biases, entries = set(), {}

@@ -21,14 +21,14 @@ from bnp_optax._equations import equation_call
 from bnp_optax._layout import KernelLayout
 
 
-def dense(layer: Any, outputs: Any, exact_windows: bool, inputs: jax.Array) -> list[Call]:
+def dense(layer: Any, exact_windows: bool, outputs: Any, inputs: jax.Array) -> list[Call]:
   """Read Dense and Linear: every vector along the last axis is a row."""
   del layer, outputs, exact_windows
   return [Call(KernelLayout(), inputs)]
 
 
 def dense_general(
-  layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
+  layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array
 ) -> list[Call]:
   """Read DenseGeneral and LinearGeneral: flatten input and output axes, stack batch axes."""
   del exact_windows
@@ -45,7 +45,7 @@ def dense_general(
   return [Call(_consecutive(*counts), h, stack=len(batch))]
 
 
-def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array) -> list[Call]:
+def conv(layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array) -> list[Call]:
   """Read Conv and ConvLocal: every output position is a row."""
   window = len(np.atleast_1d(layer.kernel_size))
   rows = math.prod(outputs.shape[:-1])
@@ -67,7 +67,7 @@ def conv(layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array)
 
 
 def conv_transpose(
-  layer: Any, outputs: jax.Array, exact_windows: bool, inputs: jax.Array
+  layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array
 ) -> list[Call]:
   """Read ConvTranspose as a convolution over the inputs with zeros between them."""
   window = len(np.atleast_1d(layer.kernel_size))
@@ -87,8 +87,8 @@ def conv_transpose(
 
 def einsum(
   layer: Any,
-  outputs: jax.Array,
   exact_windows: bool,
+  outputs: jax.Array,
   inputs: jax.Array,
   einsum_str: str | None = None,
 ) -> list[Call]:
@@ -111,7 +111,7 @@ def read(
   inputs = jnp.asarray(next(iter(arguments.values())))
   # No other argument of a supported layer changes the meaning of its kernel.
   options = {k: v for k, v in arguments.items() if k == "einsum_str"}
-  return reader(layer, outputs, exact_windows, inputs, **options)
+  return reader(layer, exact_windows, outputs, inputs, **options)
 
 
 def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:

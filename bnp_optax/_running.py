@@ -72,7 +72,7 @@ class Preconditioners(NamedTuple):
   def map(self, function: _LayerFunction, tree: optax.Updates) -> optax.Updates:
     """Apply ``function(P, kernel, bias)`` to every layer; other leaves pass through."""
     leaves, treedef = flatten_masked(tree)
-    for layer, p in zip(*self, strict=True):
+    for layer, p in zip(self.layers, self.P, strict=True):
       kernel, bias = leaves[layer.kernel], None if layer.bias is None else leaves[layer.bias]
       apply = on_auto_axes(functools.partial(_map_layer, function, layer.layout), kernel, bias)
       kernel, bias = apply(p, kernel, bias)

@@ -210,13 +210,14 @@ def merge_calls(*stats: Any) -> Any:
 
   Args:
     *stats: Trees of `LayerStatistics` with the same structure, or a single one whose arrays have
-      the calls along a leading axis.
+      the calls along a leading axis, before the stack of layers under `nn.scan` or `nn.vmap`.
 
   Returns:
     A tree of the same structure.
 
   Raises:
-    ValueError: If nothing is given, or if the trees have different structures.
+    ValueError: If nothing is given, if the trees have different structures, or if a single one has
+      no axis of calls.
   """
   if not stats:
     raise ValueError("merge_calls: give the statistics of at least one call.")
@@ -225,8 +226,13 @@ def merge_calls(*stats: Any) -> Any:
     return isinstance(x, LayerStatistics | NoStatistics)
 
   def merge(*calls: Any) -> Any:
-    if len(calls) == 1 and isinstance(calls[0], LayerStatistics):
-      return merge_call_axes(calls[0], (0,))
+    if len(calls) == 1 and isinstance(call := calls[0], LayerStatistics):
+      if call.examples.ndim <= (len(call.layout.stack) if call.layout else 0):
+        raise ValueError(
+          "merge_calls: a single tree must have the calls along the leading axis of its arrays, as "
+          f"jax.lax.scan returns them. Those of {call.kernel} are {call.total.shape}."
+        )
+      return merge_call_axes(call, (0,))
     return functools.reduce(merge_two_calls, calls) if is_leaf(calls[0]) else calls[-1]
 
   structures = [jax.tree.structure(tree, is_leaf=is_leaf) for tree in stats]

@@ -162,3 +162,15 @@ def test_merging_nothing_or_different_models_is_an_error(params, x):
   stats = gather(Tokens(fold=False), params, x)
   with pytest.raises(ValueError, match="different layers"):
     bnp_optax.merge_calls(stats, {"tokens": stats["tokens"]})
+  with pytest.raises(ValueError, match="the calls along the leading axis"):
+    bnp_optax.merge_calls(stats)
+
+
+def test_the_stack_of_a_layer_is_not_an_axis_of_calls():
+  options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "axis_size": 3}
+  model, x = nn.vmap(nn.Dense, in_axes=None, **options)(2), jnp.ones((4, 5))
+  stats = gather(model, model.init(jax.random.key(0), x)["params"], x)
+  with pytest.raises(ValueError, match="the calls along the leading axis"):
+    bnp_optax.merge_calls(stats)
+  twice = bnp_optax.merge_calls(jax.tree.map(lambda x: jnp.stack([x, x]), stats))
+  assert twice["layer_statistics"].rows.tolist() == [8.0] * 3

@@ -94,6 +94,14 @@ def test_find_layers_skips_those_that_are_masked_out():
   assert [layer.path for layer in layers] == [("c", "kernel")]
 
 
+def test_layers_of_whole_variables():
+  params = {"params": params_like(a=(2, 4))}
+  layouts = {("a", "kernel"): KernelLayout()}
+  raises(r"or add their first level: layers={\('params', \*path\)", find_layers, params, layouts)
+  above = {("params", *path): x for path, x in layouts.items()}
+  assert [layer.path for layer in find_layers(params, above)] == [("params", "a", "kernel")]
+
+
 def test_layers_of_another_model():
   layouts = {("conv", "kernel"): KernelLayout.by_convention(3)}
   raises(

@@ -81,6 +81,16 @@ def test_a_kernel_without_statistics_is_named_with_the_remedies(mlp):
   )
 
 
+def test_levels_are_not_blamed_for_one_missing_layer():
+  """The path of a kernel of the model itself is the end of every path."""
+  params = {"kernel": jnp.ones((2, 2)), "dense": {"kernel": jnp.ones((2, 2))}}
+  stats = {"dense": {"layer_statistics": statistics(2)}}
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match="No statistics for .*itself") as error:
+    tx.update(params, tx.init(params), stats=stats)
+  assert "first levels" not in str(error.value)
+
+
 @pytest.mark.parametrize("nested", ["params", "stats"])
 def test_a_level_too_many_is_named(nested, mlp):
   params, grads, stats = mlp

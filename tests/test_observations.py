@@ -217,3 +217,11 @@ def test_hundreds_of_layers():
   layers = bnp_optax.linen.layers(Deep(), jax.ShapeDtypeStruct((8, 1024), jnp.float32))
   assert len(layers) == 300
   assert len(str(layers).splitlines()) == 303
+
+
+def test_a_complex_kernel_is_not_covered():
+  model = nn.Dense(3, dtype=jnp.complex64, param_dtype=jnp.complex64)
+  layers = bnp_optax.linen.layers(model, jnp.ones((2, 4)))
+  assert not layers
+  with pytest.raises(ValueError, match="kernel: BNP is defined for real kernels, found complex64"):
+    bnp_optax.linen.layers(model, jnp.ones((2, 4)), strict=True)

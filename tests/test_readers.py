@@ -26,7 +26,7 @@ def read(reader, layer, x, *, exact_windows=False, **kwargs):
   shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
   params = jax.tree.map(lambda p: rng.normal(size=p.shape), shapes)
   outputs = np.asarray(jax.jit(layer.apply)({"params": params}, x))
-  (call,) = reader(layer, outputs, exact_windows, jnp.asarray(x), **kwargs)
+  (call,) = reader(layer, exact_windows, outputs, jnp.asarray(x), **kwargs)
   return call, outputs, params["kernel"], params.get("bias")
 
 
@@ -250,7 +250,7 @@ def test_a_masked_kernel_is_a_problem(reader, layer):
 def test_windows_of_integers_are_floating_point(dtype):
   x = np.random.default_rng(0).integers(0, 2, (2, 5, 3)).astype(dtype)
   layer = nn.Conv(2, (2,), padding="VALID")
-  (call,) = _readers.conv(layer, np.zeros((2, 4, 2)), True, jnp.asarray(x))
+  (call,) = _readers.conv(layer, True, np.zeros((2, 4, 2)), jnp.asarray(x))
   np.testing.assert_array_equal(call.inputs, expected_windows(layer, x, [(0, 0)]))
 
 

@@ -241,6 +241,25 @@ def test_nnx_state_and_captures_of_the_model_remain():
   assert not hasattr(tapped.model.dense, "tap_index")
 
 
+def test_nnx_layers_beside_a_linen_module():
+  """ToNNX takes every attribute for a Linen variable."""
+
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.tower = nnx.bridge.ToNNX(nn.Dense(4, **DTYPE), rngs=rngs)
+      self.tower.lazy_init(x)
+      self.head = nnx.Linear(4, 3, rngs=rngs, **DTYPE)
+
+    def __call__(self, x):
+      return self.head(self.tower(x))
+
+  x = normal(6, 4)
+  tapped = bnp_optax.nnx.Tapped(Model(nnx.Rngs(0)), x, examples=6)
+  stats = from_taps(nnx.grad(lambda model: loss(model(x)))(tapped))
+  assert [path for path in stats] == [("model", "head", "kernel")]
+  assert_close(stats["model", "head", "kernel"].mean, tapped.model.tower(x).mean(0))
+
+
 def test_nnx_vmap_over_a_model_that_is_closed_over():
   x = normal(6, 4)
   model = bnp_optax.nnx.Tapped(

@@ -78,9 +78,7 @@ class Estimate(NamedTuple):
   error: float
 
 
-def estimate_condition_number(
-  matrix: np.ndarray, threshold: float, *, exact: int = _EXACT
-) -> Estimate:
+def estimate_condition_number(matrix: np.ndarray, threshold: float) -> Estimate:
   r"""Estimate the condition number of a matrix that may be large.
 
   A QR factorization reduces the matrix ``[m, n]`` to a triangular ``R`` with the same singular
@@ -94,7 +92,6 @@ def estimate_condition_number(
   Args:
     matrix: ``[m, n]``, float64.
     threshold: As in `condition_number`.
-    exact: Largest ``min(m, n)`` for which the singular values are computed.
 
   References:
     Kuczynski, Wozniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms
@@ -109,7 +106,7 @@ def estimate_condition_number(
   r = np.asfortranarray(np.linalg.qr(tall, mode="r"))
   n = len(r)
   diagonal = np.abs(np.diagonal(r))
-  if n > exact and diagonal.min() > threshold * diagonal.max():
+  if n > _EXACT and diagonal.min() > threshold * diagonal.max():
     import scipy.linalg  # Imported here to keep the import of the package light.
 
     def solve(x: np.ndarray, trans: int) -> np.ndarray:
