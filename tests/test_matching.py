@@ -86,7 +86,7 @@ def test_levels_are_not_blamed_for_one_missing_layer():
   params = {"kernel": jnp.ones((2, 2)), "dense": {"kernel": jnp.ones((2, 2))}}
   stats = {"dense": {"layer_statistics": statistics(2)}}
   tx = bnp_optax.scale_by_bnp()
-  with pytest.raises(ValueError, match="No statistics for .*itself") as error:
+  with pytest.raises(ValueError, match=r"No statistics for .*itself") as error:
     tx.update(params, tx.init(params), stats=stats)
   assert "first levels" not in str(error.value)
 
