@@ -1,5 +1,6 @@
 """The running statistics: their state, one update, what is left out, and the two entry points."""
 
+import dataclasses
 import re
 
 import chex
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import bnp_optax
+from bnp_optax import KernelLayout, _running
 from tests import oracle, problems, reference
 from tests.compiling import AS_USERS_DO
 
@@ -149,6 +151,34 @@ def test_statistics_that_are_not_finite_never_enter_the_state(bad):
   _, state = tx.update(grads, kept, stats=stats)
   assert state.nonfinite_count == layers
   assert state.count == 3
+
+
+GROUPED = dataclasses.replace(KernelLayout.by_convention(3), groups=2)
+
+
+@pytest.mark.parametrize(("which", "bad"), [(0, np.nan), (1, np.nan), (1, np.inf), (0, 1.0)])
+@pytest.mark.parametrize(
+  ("layout", "shape"),
+  [
+    pytest.param(KernelLayout(), (5, 4), id="dense"),
+    pytest.param(KernelLayout().stacked([0]), (3, 5, 4), id="stacked"),
+    pytest.param(GROUPED, (3, 2, 4), id="grouped"),
+    pytest.param(dataclasses.replace(GROUPED, exact_windows=True), (3, 2, 4), id="exact"),
+  ],
+)
+def test_an_accelerator_leaves_out_the_same_statistics(layout, shape, which, bad, monkeypatch):
+  rng = np.random.default_rng(0)
+  new_and_old = rng.lognormal(size=(3, *layout.statistics_shape(shape))).astype(np.float32)
+  new_and_old[which].flat[1] = bad
+  expected = _running._check(layout, shape, *map(jnp.asarray, new_and_old))
+
+  def default_form(*args, cpu, default):
+    return default(*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", default_form)
+  actual = _running._check(layout, shape, *map(jnp.asarray, new_and_old))
+  chex.assert_trees_all_equal(actual, expected, strict=True)
+  assert np.all(expected[0]) == np.isfinite(bad)
 
 
 def test_gradients_that_are_not_finite_are_passed_on(mlp):
