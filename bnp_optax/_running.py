@@ -46,9 +46,9 @@ class ScaleByBnpState(NamedTuple):
     input_weight: With ``debias``, the sum of the weights of each layer's batches, in the form of
       ``input_mean``, with the same number for all features, so that the three fields are updated
       together. Without ``debias``, `optax.MaskedNode` everywhere.
-    nonfinite_count: Number of times that a layer's statistics were left out because they were not
-      finite or had no rows, summed over layers and updates: an int32 scalar. It stays 0 in a
-      healthy run.
+    nonfinite_count: Number of times that the statistics of a layer, or of one map of a stack, were
+      left out because they were not finite or had no rows: an int32 scalar. It stays 0 in a healthy
+      run.
   """
 
   count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]

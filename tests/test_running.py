@@ -190,7 +190,26 @@ def test_gradients_that_are_not_finite_are_passed_on(mlp):
   chex.assert_tree_all_finite((updates["second"], state))
 
 
+def test_each_map_of_a_stack_is_left_out_and_counted_alone():
+  params = {"kernel": jnp.ones((3, 5, 4))}
+  x = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
+  x[0, :2, 0] = np.nan
+  stats = {"statistics": bnp_optax.layer_statistics(jnp.asarray(x), examples=8, rows=8, stack=1)}
+  tx = bnp_optax.scale_by_bnp(layers={("kernel",): KernelLayout().stacked([0])})
+  _, state = tx.update(params, tx.init(params), stats=stats)
+  assert state.nonfinite_count == 2
+  np.testing.assert_array_equal(state.input_weight["kernel"][:, 0], [0, 0, 1])
+
+
 # One update.
+
+
+def test_one_minus_the_decay_keeps_the_digits_of_float32(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp(0.99, debias=False)
+  _, state = tx.update(grads, tx.init(params), stats=stats)
+  expected = 0.01 * np.asarray(stats["first"]["layer_statistics"].mean, np.float64)
+  np.testing.assert_allclose(state.input_mean["first"]["kernel"], expected, rtol=2e-7)
 
 
 def test_statistics_and_steps_are_those_of_the_paper():
