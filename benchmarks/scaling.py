@@ -2,7 +2,7 @@
 
 Measures: the time of a step on 1, 2, 4 and 8 emulated devices, and the bytes of its collectives.
 Command: `python benchmarks/scaling.py`, thirty seconds. Needs the test dependencies.
-Quoted by: docs/distributed.md, "What goes over the wire".
+Quoted by: docs/distributed.md, "Communication".
 """
 
 from collections.abc import Callable

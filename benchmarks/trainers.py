@@ -11,7 +11,7 @@ learning rate for both optimizers, in `TRAINERS`, written down before the runs.
 
 `run` appends one record per seed to benchmarks/records/trainers.jsonl and leaves out what has one.
 Only gpt2 and mnist need the clones and `bnp_experiments`.
-Quoted by: docs/howto/trainers.md, "What it brought".
+Quoted by: docs/howto/trainers.md, "Results".
 """
 
 import argparse

@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from bnp_optax import conditioning, linen, normalization
-from bnp_optax._layers import Layers
+from bnp_optax._layers import LayerEntry, Layers
 from bnp_optax._layout import KernelLayout
 from bnp_optax._running import ScaleByBnpState
 from bnp_optax._statistics import LayerStatistics, layer_statistics, merge_calls
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
   "BnpState",
   "KernelLayout",
+  "LayerEntry",
   "LayerStatistics",
   "Layers",
   "ScaleByBnpState",

@@ -88,14 +88,11 @@ def _refuse_split_layers(
 _Value = Literal["zero", "nonzero", "unknown"]
 
 # Primitives whose result is zero if their first operand is.
-_KEEPS_ZERO = {"neg", "abs", "sign", "sqrt", "cbrt", "square", "integer_pow", "div", "copy"}
-_KEEPS_ZERO |= {"reduce_sum", "reduce_max", "reduce_min", "cumsum", "convert_element_type"}
-_KEEPS_ZERO |= {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice"}
-_KEEPS_ZERO |= {"dynamic_slice", "gather", "reduce_precision", "sharding_constraint", "tanh"}
-_SUMS = {"add", "add_any", "sub", "concatenate", "select_n"}
-_PRODUCTS = {"mul", "dot_general", "conv_general_dilated"}
-_CALLS = {"pjit", "jit", "closed_call", "core_call", "remat", "checkpoint"}
-_CALLS |= {"custom_jvp_call", "custom_vjp_call"}
+_KEEPS_ZERO = {"abs", "broadcast_in_dim", "convert_element_type", "copy", "div", "integer_pow"}
+_KEEPS_ZERO |= {"neg", "reduce_sum", "reshape", "sign", "split", "sqrt", "square", "squeeze"}
+_KEEPS_ZERO |= {"tanh", "transpose"}
+_SUMS = {"add", "concatenate", "select_n", "sub"}
+_PRODUCTS = {"dot_general", "mul"}
 
 
 def _values(closed: Any, inputs: Sequence[_Value]) -> list[_Value]:
@@ -120,12 +117,12 @@ def _results(equation: Any, operands: list[_Value]) -> list[_Value]:
   if name == "cond":
     branches = [_values(branch, operands[1:]) for branch in settings["branches"]]
     return [_sum(results) for results in zip(*branches, strict=True)]
-  if name in _CALLS and settings.get("name") == "clip":
-    return operands[:1]
-  if name in _CALLS and (called := settings.get("jaxpr") or settings.get("call_jaxpr")):
-    return _values(called, operands)
+  if name == "jit":
+    return operands[:1] if settings["name"] == "clip" else _values(settings["jaxpr"], operands)
   if name in _SUMS:
     result = _sum(operands[name == "select_n" :])
+  elif name == "integer_pow" and settings["y"] <= 0:
+    result = "nonzero"
   elif name in _KEEPS_ZERO:
     result = operands[0]
   elif name in _PRODUCTS and "zero" in operands:

@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class LayerEntry:
-  """One entry of the table: a linear layer, or a parameter that belongs to none.
+  """One entry of the table of `Layers`: a linear layer, or a parameter that belongs to none.
 
   Attributes:
     path: Path of the kernel, or of the parameter.

@@ -158,7 +158,7 @@ def statistics_reporter(
     locate: Returns the path of the layer of a call, for its mask and for errors.
     examples: Number of examples of every layer; None to count them along each layer's axes.
     example_axes: Number of leading axes that count examples.
-    masks: Nonzero for the leading positions that count.
+    masks: The mask of each layer.
     axis_name: Mapped axes that the batch is split over; None if it is whole.
     exact_windows: As in `Reporter`.
     exclude: True for the calls that do not count; None to count all.

@@ -46,9 +46,9 @@ class ScaleByBnpState(NamedTuple):
     input_weight: With ``debias``, the sum of the weights of each layer's batches, in the form of
       ``input_mean``, with the same number for all features, so that the three fields are updated
       together. Without ``debias``, `optax.MaskedNode` everywhere.
-    nonfinite_count: Number of times that a layer's statistics were left out because they were not
-      finite or had no rows, summed over layers and updates: an int32 scalar. It stays 0 in a
-      healthy run.
+    nonfinite_count: Number of times that the statistics of a layer, or of one map of a stack, were
+      left out because they were not finite or had no rows: an int32 scalar. It stays 0 in a healthy
+      run.
   """
 
   count: ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -259,11 +259,14 @@ class RunningStatistics:
     )
 
 
-def _check(layout: KernelLayout, shape: tuple[int, ...], *new_and_old: jax.Array) -> Any:
-  """Return whether the new mean and variance are finite, and the largest variance.
-
-  The third array is the old variance, whose largest value counts where the new ones are not finite.
-  """
+def _check(
+  layout: KernelLayout,
+  shape: tuple[int, ...],
+  mean: jax.Array,
+  variance: jax.Array,
+  old_variance: jax.Array,
+) -> Any:
+  """Return whether mean and variance are finite, and the largest variance: the old one if not."""
 
   def check_first(mean: jax.Array, variance: jax.Array, old: jax.Array) -> Any:
     finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(variance), axis=-1, keepdims=True)
@@ -276,7 +279,9 @@ def _check(layout: KernelLayout, shape: tuple[int, ...], *new_and_old: jax.Array
     return finite, jnp.where(layout.scalars_to_canonical(finite), *largest)
 
   # The first is faster on a CPU. The second takes a kernel less on a GPU and a TPU.
-  return jax.lax.platform_dependent(*new_and_old, cpu=check_first, default=reduce_once)
+  return jax.lax.platform_dependent(
+    mean, variance, old_variance, cpu=check_first, default=reduce_once
+  )
 
 
 def _largest(layout: KernelLayout, shape: tuple[int, ...], sigma2: jax.Array) -> jax.Array:

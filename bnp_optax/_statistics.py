@@ -1,9 +1,9 @@
 """Statistics of one layer's inputs over a batch, as sums.
 
-The statistics of two micro-batches, of two devices or of two halves of a sequence are the sums of
-theirs. `jax.tree.map(jnp.add, a, b)`, `jax.lax.psum` and Optax's micro-batching therefore merge
-them. With `axis_name`, devices compute the mean of the whole batch before they take squares, which
-saves the transfer of one vector.
+Statistics of disjoint sets of examples, such as micro-batches or the parts of devices, add:
+`jax.tree.map(jnp.add, a, b)`, `jax.lax.psum` and Optax's micro-batching merge them. With
+`axis_name`, devices compute the mean of the whole batch before they take squares, which saves the
+transfer of one vector.
 """
 
 import dataclasses

@@ -101,9 +101,11 @@ def scale_by_bnp(
     dtype. Numeric arguments may be arrays, or schedules through `optax.inject_hyperparams`.
 
   Raises:
-    ValueError: On creation, if `decay` or an epsilon is out of range. From ``init`` and ``update``,
-      while tracing, if kernels, biases, statistics and state do not fit together. Each message
-      names the layer.
+    TypeError: If a number is of another type, such as a schedule, or if `layers` is not a mapping
+      from paths to layouts.
+    ValueError: On creation, if `decay`, an epsilon or `lag_guard` is out of range. From ``init``
+      and ``update``, while tracing, if kernels, biases, statistics and state do not fit together.
+      Each message names the layer.
 
   References:
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
@@ -206,6 +208,7 @@ def bnp(
     An optimizer whose ``update`` takes the keyword ``stats``, as in `bnp_optax.scale_by_bnp`.
 
   Raises:
+    TypeError: In the cases of `bnp_optax.scale_by_bnp`.
     ValueError: In the cases of `bnp_optax.scale_by_bnp`. From ``init``, if the inner optimizer
       keeps a copy of the parameters: the coordinates move with the statistics, and the copy would
       be in outdated ones; or if it leaves out the bias of a layer and not its kernel, or the

@@ -113,9 +113,10 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: While tracing, if a layer's inputs have no rows or do not fit `mask`, if a prefix in
-      `mask` is that of no layer, or if layers disagree about the number of examples. Inputs that
-      are complex are an error in ``update`` of an optimizer that needs the layer's statistics.
+    ValueError: If `examples` or `example_axes` is out of range. While tracing, if a layer's inputs
+      have no rows or do not fit `mask`, if a prefix in `mask` is that of no layer, or if layers
+      disagree about the number of examples. Inputs that are complex are an error in ``update`` of
+      an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
 

@@ -106,10 +106,10 @@ def sow_statistics(
     None.
 
   Raises:
-    ValueError: While tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``,
-      if its inputs have no rows or do not fit `mask`, or if layers disagree about the number of
-      examples. Inputs that are complex are an error in ``update`` of an optimizer that needs the
-      layer's statistics.
+    ValueError: If `mask` is a mapping, or if `examples` or `example_axes` is out of range. While
+      tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``, if its inputs
+      have no rows or do not fit `mask`, or if layers disagree about the number of examples. Inputs
+      that are complex are an error in ``update`` of an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
   if isinstance(mask, Mapping):

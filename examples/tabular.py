@@ -1,7 +1,7 @@
 """Online tabular data: one row at a time, columns as they are and standardized.
 
 The 569 rows and 30 columns of scikit-learn's breast cancer data are seen three times. The columns
-have deviations from 0.003 to 570. A row is first predicted and then learnt from. The score is the
+have deviations from 0.003 to 570. A row is first predicted and then learned from. The score is the
 mean log loss of these predictions over the last pass; the validation score is that of another order
 of the rows. "standardized" subtracts a running mean of each column and divides by its running
 deviation.

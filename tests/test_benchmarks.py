@@ -24,6 +24,7 @@ MODULES = {ROOT / "benchmarks" / name for name in ("cells.py", "common.py")}
 SCRIPTS = sorted({*ROOT.glob("benchmarks/*.py")} - MODULES)
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 COMMAND = re.compile(r"python benchmarks/(\w+)\.py")
+QUOTED = re.compile(r'^Quoted by: (\S+\.md)(?:, "(.+)")?\.$', re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -45,6 +46,13 @@ def test_the_table_lists_every_script_with_the_page_that_quotes_it():
   assert set(listed) == {script.stem for script in SCRIPTS}
   for script, page in listed.items():
     assert script in COMMAND.findall((README.parent / page).read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_names_the_section_that_quotes_it(script):
+  ((page, section),) = QUOTED.findall(script.read_text())
+  headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+  assert not section or section in headings
 
 
 def table_rows(text):

@@ -34,11 +34,19 @@ def frozen(params):
   return {"first": kernels(params["first"]), "second": {"kernel": False, "bias": False}}
 
 
+def then_decay(function, mask=kernels):
+  return optax.chain(
+    optax.stateless(lambda updates, _: jax.tree.map(function, updates)),
+    optax.add_decayed_weights(0.1, mask=mask),
+  )
+
+
 @pytest.mark.parametrize(
   ("inner", "match"),
   [
     (optax.adamw(0.1, mask=kernels), "first: .* steps the kernel by its values and the bias not"),
     (optax.lion(0.1, weight_decay=0.1, mask=biases), "the bias by its values and the kernel not"),
+    (then_decay(lambda g: g.T.T, biases), "the bias by its values and the kernel not"),
     (optax.contrib.muon(0.1, weight_decay=0.1), "the kernel by its values and the bias not"),
     (
       optax.chain(optax.sgd(0.1), optax.freeze(biases)),
@@ -86,7 +94,30 @@ def test_a_kernel_and_its_bias_apart(inner, match, mlp):
 @pytest.mark.parametrize(
   "inner",
   [
+    *map(then_decay, (jnp.abs, jnp.copy, jnp.negative, jnp.sqrt, jnp.square, jnp.tanh)),
+    then_decay(lambda g: g / jnp.linalg.norm(g)),
+    then_decay(lambda g: g + jnp.vdot(g, g)),
+    then_decay(lambda g: g + jnp.sum(g)),
+    then_decay(lambda g: g[None].squeeze(0)),
+    then_decay(lambda g: g.reshape(-1).reshape(g.shape)),
+    # The casts of a moment, and concatenate and split.
+    optax.chain(optax.adam(0.1, mu_dtype="bfloat16"), optax.add_decayed_weights(0.1, mask=kernels)),
+    optax.chain(optax.flatten(optax.sgd(0.1)), optax.add_decayed_weights(0.1, mask=kernels)),
+  ],
+)
+def test_a_decay_of_kernels_after_steps_that_are_zero_without_a_gradient(inner, mlp):
+  raises(
+    "first: .* steps the kernel by its values and the bias not", bnp_optax.bnp(inner).init, mlp[0]
+  )
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
     optax.adamw(0.1),
+    # Not zero without a gradient.
+    then_decay(lambda g: g**-1),
+    then_decay(lambda g: g**0),
     optax.adamw(0.1, weight_decay=0.0, mask=kernels),
     optax.contrib.muon(0.1),
     optax.lamb(0.1),

@@ -59,6 +59,12 @@ def test_a_bias_of_another_name_is_not_overlooked():
     assert layer.bias == found
 
 
+def test_a_kernel_of_another_layer_is_no_bias():
+  params = {"up": jnp.ones((2, 4)), "down": jnp.ones((4, 1))}
+  layers = find_layers(params, {("up",): KernelLayout(), ("down",): KernelLayout()})
+  assert [layer.bias for layer in layers] == [None, None]
+
+
 def test_a_bias_with_axes_of_size_1_is_that_of_a_convolution():
   """Equinox's Conv has the weight [output, feature, *window] and the bias [output, 1, 1]."""
   layout = KernelLayout(window=(2, 3), feature=(1,), output=(0,), bias="bias")
@@ -103,6 +109,11 @@ def test_layers_of_whole_variables():
 
 
 def test_layers_of_another_model():
+  raises(
+    "These kernels in layers= are not in the parameters: kernel. The parameters are conv/kernel",
+    bnp_optax.scale_by_bnp(layers=bnp_optax.linen.layers(nn.Dense(2), jnp.ones((4, 3)))).init,
+    params_like(conv=(3, 2)),
+  )
   layouts = {("conv", "kernel"): KernelLayout.by_convention(3)}
   raises(
     "These kernels in layers= are not in the parameters: conv/kernel. The parameters are "

@@ -159,3 +159,17 @@ def test_update_statistics(layer, rho, rows):
   about = (mu_H - mean) ** 2 if rows == 1 else sigma2_H
   np.testing.assert_allclose(actual[0], mean, rtol=1e-11, atol=1e-13)
   np.testing.assert_allclose(actual[1], rho * sigma2 + (1 - rho) * about, rtol=1e-11, atol=1e-13)
+
+
+def test_an_update_keeps_the_digits_of_the_nearer_end():
+  assert jax.jit(_preconditioner._towards)(1.0, 1e20, 0.0) == 1
+  assert jax.jit(_preconditioner._towards)(1e20, 1.0, 1.0) == 1
+
+
+@pytest.mark.parametrize(("lag", "expected"), [(10.0, 101 / 1.2), (np.inf, 1.0)])
+def test_the_guard_of_each_map_of_a_stack(lag, expected):
+  one = jnp.ones((2, 1, 1))
+  p = _preconditioner.Preconditioner(jnp.zeros((2, 1, 3)), jnp.ones((2, 1, 3)), one)
+  mu_H = jnp.zeros((2, 1, 3)).at[1, 0, 0].set(lag)
+  p = _preconditioner.guard_against_lag(p, mu_H, 1, 30 * one, jnp.asarray(2.0))
+  np.testing.assert_allclose(p.guard.ravel(), [1, expected], rtol=1e-14)

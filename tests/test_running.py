@@ -1,5 +1,6 @@
 """The running statistics: their state, one update, what is left out, and the two entry points."""
 
+import dataclasses
 import re
 
 import chex
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import bnp_optax
+from bnp_optax import KernelLayout, _running
 from tests import oracle, problems, reference
 from tests.compiling import AS_USERS_DO
 
@@ -151,6 +153,34 @@ def test_statistics_that_are_not_finite_never_enter_the_state(bad):
   assert state.count == 3
 
 
+GROUPED = dataclasses.replace(KernelLayout.by_convention(3), groups=2)
+
+
+@pytest.mark.parametrize(("which", "bad"), [(0, np.nan), (1, np.nan), (1, np.inf), (0, 1.0)])
+@pytest.mark.parametrize(
+  ("layout", "shape"),
+  [
+    pytest.param(KernelLayout(), (5, 4), id="dense"),
+    pytest.param(KernelLayout().stacked([0]), (3, 5, 4), id="stacked"),
+    pytest.param(GROUPED, (3, 2, 4), id="grouped"),
+    pytest.param(dataclasses.replace(GROUPED, exact_windows=True), (3, 2, 4), id="exact"),
+  ],
+)
+def test_an_accelerator_leaves_out_the_same_statistics(layout, shape, which, bad, monkeypatch):
+  rng = np.random.default_rng(0)
+  new_and_old = rng.lognormal(size=(3, *layout.statistics_shape(shape))).astype(np.float32)
+  new_and_old[which].flat[1] = bad
+  expected = _running._check(layout, shape, *map(jnp.asarray, new_and_old))
+
+  def default_form(*args, cpu, default):
+    return default(*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", default_form)
+  actual = _running._check(layout, shape, *map(jnp.asarray, new_and_old))
+  chex.assert_trees_all_equal(actual, expected, strict=True)
+  assert np.all(expected[0]) == np.isfinite(bad)
+
+
 def test_gradients_that_are_not_finite_are_passed_on(mlp):
   params, grads, stats = mlp
   grads = {**grads, "first": jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads["first"])}
@@ -160,7 +190,26 @@ def test_gradients_that_are_not_finite_are_passed_on(mlp):
   chex.assert_tree_all_finite((updates["second"], state))
 
 
+def test_each_map_of_a_stack_is_left_out_and_counted_alone():
+  params = {"kernel": jnp.ones((3, 5, 4))}
+  x = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
+  x[0, :2, 0] = np.nan
+  stats = {"statistics": bnp_optax.layer_statistics(jnp.asarray(x), examples=8, rows=8, stack=1)}
+  tx = bnp_optax.scale_by_bnp(layers={("kernel",): KernelLayout().stacked([0])})
+  _, state = tx.update(params, tx.init(params), stats=stats)
+  assert state.nonfinite_count == 2
+  np.testing.assert_array_equal(state.input_weight["kernel"][:, 0], [0, 0, 1])
+
+
 # One update.
+
+
+def test_one_minus_the_decay_keeps_the_digits_of_float32(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp(0.99, debias=False)
+  _, state = tx.update(grads, tx.init(params), stats=stats)
+  expected = 0.01 * np.asarray(stats["first"]["layer_statistics"].mean, np.float64)
+  np.testing.assert_allclose(state.input_mean["first"]["kernel"], expected, rtol=2e-7)
 
 
 def test_statistics_and_steps_are_those_of_the_paper():

@@ -65,9 +65,15 @@ def test_one_batch_loses_nothing_to_cancellation(ratio):
 
 def test_the_rounding_of_a_large_mean_is_not_taken_for_variance():
   """Compiled apart, sums and quotients may round differently; a constant keeps variance 0."""
-  statistics = statistics_of(np.full((3, 1), 1e6 / 3, np.float32))
+  statistics = statistics_of(np.full((3, 1), 1e6 / 7, np.float32))
   variance = jax.jit(lambda s: s.variance, compiler_options=AS_USERS_DO)(statistics)
   assert variance == statistics.within / 3
+
+
+def test_the_variance_of_single_rows_is_not_taken_for_rounding():
+  h = (100 + np.random.default_rng(6).normal(size=(64, 3))).astype(np.float32)
+  variance = add(*map(statistics_of, h[:, None])).variance
+  np.testing.assert_allclose(variance, h.var(0, dtype=np.float64), rtol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.bool_])
@@ -102,3 +108,15 @@ def test_calls_of_a_layer_add_rows_of_the_same_examples():
   assert (twice.examples, twice.rows) == (4, 8)
   both = np.concatenate([h, h + 1])
   np.testing.assert_allclose(twice.variance, both.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+def test_the_examples_of_two_calls_are_the_larger_number(sizes):
+  calls = [statistics_of(np.ones((size, 3), np.float32)) for size in sizes]
+  assert _statistics.merge_two_calls(*calls).examples == 4
+
+
+def test_a_call_without_statistics_leaves_the_layer_without():
+  some, none = statistics_of(np.ones((4, 3), np.float32)), _statistics.NoStatistics("kernel", "why")
+  for calls in ((some, none), (none, some)):
+    assert _statistics.merge_two_calls(*calls) is none

@@ -210,6 +210,8 @@ def diagnose(
 def heat_map(history: Diagnostics, quantity: str = "largest_eigenvalue") -> Any:
   """Draw one quantity of every layer over training, with layers down and steps across.
 
+  It needs matplotlib, which the library does not install.
+
   Examples:
     >>> import jax, jax.numpy as jnp
     >>> diagnostics = [...]  # doctest: +SKIP
