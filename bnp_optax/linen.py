@@ -93,10 +93,11 @@ def sow_statistics(
     example_axes: Number of leading axes that count examples in the loss: 1 for a mean over
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
-    mask: True, or nonzero, for positions that count and False for padding. Its shape is the leading
-      shape of the inputs of every layer, such as ``[batch, time]``, or begins with it: for inputs
-      ``[batch, features]``, as those of a head after pooling or of a recurrent cell inside a scan
-      over time, an example counts if any of its positions does. A mapping from prefixes of the
+    mask: True, or nonzero, for positions that count and False for padding. Its shape is the
+      leading shape of the inputs of every layer, including the zeros that a transposed
+      convolution inserts, such as ``[batch, time]``, or begins with it: for inputs ``[batch,
+      features]``, as those of a head after pooling or of a recurrent cell inside a scan over
+      time, an example counts if any of its positions does. A mapping from prefixes of the
       layers' paths to masks or None gives each layer the mask of its longest prefix, as in
       ``{"encoder": mask, "decoder": None, "": other}``. A layer without a prefix has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in

@@ -39,7 +39,10 @@ MISSING = {
   "fig6-left": [("bnp_groupnorm_debias", 128)],
   "resnet-20": [
     (method, 128)
-    for method in ("bnp_groupnorm_debias", "bnp", "bnp_debias", "bnp_zero", "momentum_zero")
+    for method in (
+      *("bnp_groupnorm_debias", "bnp", "bnp_debias"),
+      *("bnp_zero", "bnp_bounded_zero", "momentum_zero"),
+    )
   ],
   "batch-sizes-fc": [
     (method, size)

@@ -7,6 +7,8 @@ Each experiment has the settings of the paper, with the learning rates of its Ta
 import dataclasses
 import functools
 
+import optax
+
 from bnp_experiments import methods, models, resnet
 from bnp_experiments.catalogue.section5 import SMOKE
 from bnp_experiments.claims import Claim, better, comparable, gains_more
@@ -82,6 +84,23 @@ _RESNET_BNP_ZERO = dataclasses.replace(
   label="BNP, debias, zero init",
   colour="#000064",
   marker="<",
+  network=(("zero_init", True),),
+)
+
+
+def _bounded_from_zero(rate: methods.Rate) -> optax.GradientTransformation:
+  """Return SGD with momentum 0.9 and a bound on the step of each unit whose weights may be zero."""
+  # The bound is a part of the unit's norm, or of 1 if the norm is less.
+  return optax.chain(methods.momentum(rate), optax.adaptive_grad_clip(0.03, eps=1.0))
+
+
+_RESNET_BNP_BOUNDED_ZERO = dataclasses.replace(
+  _RESNET_BNP_BOUNDED,
+  name="bnp_bounded_zero",
+  label="BNP, debias, bounded step, zero init",
+  colour="#C8C87D",
+  marker="P",
+  optimizer=_bounded_from_zero,
   network=(("zero_init", True),),
 )
 # The paper does not compare with GroupNorm at the settings of BNP + GroupNorm. At `laptop` both
@@ -234,6 +253,7 @@ RESNET_20 = dataclasses.replace(
     _RESNET_BNP,
     _RESNET_BNP_DEBIAS,
     _RESNET_BNP_ZERO,
+    _RESNET_BNP_BOUNDED_ZERO,
     _RESNET_MOMENTUM_ZERO,
   ),
   rates=(0.03, 0.1, 0.3),
@@ -267,6 +287,14 @@ RESNET_20 = dataclasses.replace(
     Claim(
       "BNP with blocks that start as shortcuts ends where BatchNorm does",
       comparable("bnp_zero", "batchnorm"),
+    ),
+    Claim(
+      "BNP with a bounded step and blocks that start as shortcuts ends above it without the bound",
+      better("bnp_bounded_zero", "bnp_zero"),
+    ),
+    Claim(
+      "BNP with a bounded step and blocks that start as shortcuts ends where BatchNorm does",
+      comparable("bnp_bounded_zero", "batchnorm"),
     ),
   ),
   scales={
