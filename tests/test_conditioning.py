@@ -221,6 +221,15 @@ def test_errors_of_hidden_matrix():
     conditioning.hidden_matrix(lambda x: x, {}, x)
 
 
+def test_the_largest_variance_is_that_of_all_entries_of_the_window():
+  layout = dataclasses.replace(bnp_optax.KernelLayout.by_convention(3), exact_windows=True)
+  variance = jnp.array([1.0, 4.0, 9.0, 16.0])
+  factors = conditioning.preconditioner(
+    0 * variance, variance, (2, 2, 3), layout, eps_relative=1.0, eps_absolute=0.0
+  )
+  np.testing.assert_allclose(jnp.diagonal(factors.D[0])[1:] ** -2, variance + 16, rtol=1e-6)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_preconditioner_is_the_one_that_the_optimizer_applies(bias):
   layer, x = (
