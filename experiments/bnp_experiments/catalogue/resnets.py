@@ -97,7 +97,7 @@ def _bounded_from_zero(rate: methods.Rate) -> optax.GradientTransformation:
 _RESNET_BNP_BOUNDED_ZERO = dataclasses.replace(
   _RESNET_BNP_BOUNDED,
   name="bnp_bounded_zero",
-  label="BNP, debias, bounded step, zero init",
+  label="BNP, bounded, zero init",
   colour="#C8C87D",
   marker="P",
   optimizer=_bounded_from_zero,
