@@ -134,7 +134,7 @@ def make_layers(
   observed: dict[Path, Observation] = by_kernel(observations, Observation)
   for path, x in flatten(params):
     if path in observed and not jnp.issubdtype(x.dtype, jnp.floating):
-      problem = f"BNP is defined for real kernels, found {x.dtype}"
+      problem = observed[path].problem or f"BNP is defined for real kernels, found {x.dtype}"
       observed[path] = dataclasses.replace(observed[path], problem=problem)
   beside = {(*path[:-1], x.layout.bias) for path, x in observed.items()}
   beside |= {(*path[:-1], "bias") for path in called}
