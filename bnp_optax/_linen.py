@@ -169,9 +169,9 @@ def _report(reporter: Reporter | TapReporter, layer: nn.Module, call: Call, outp
   return reporter.report(layer, COLLECTION, call, outputs)
 
 
-def is_reporting() -> bool:
-  """Return True within a context of `report_calls` in this thread."""
-  return _active.get() is not None
+def is_sowing() -> bool:
+  """Return True within a context of this thread whose layers sow: `sow_statistics` or `layers`."""
+  return isinstance(_active.get(), Reporter)
 
 
 @contextlib.contextmanager

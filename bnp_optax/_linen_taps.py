@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from bnp_optax._calls import Call
-from bnp_optax._linen import is_reporting, report_calls
+from bnp_optax._linen import is_sowing, report_calls
 from bnp_optax._taps import TapReporter, check_settings, count_examples, name_tap
 from bnp_optax._trees import show_path
 
@@ -110,7 +110,7 @@ class Tapped:
   def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return what ``model.apply`` returns. Layers without a tap in `variables` report nothing."""
     # Within sow_statistics, the layers report to it.
-    if is_reporting():
+    if is_sowing():
       return self.model.apply(variables, *args, **kwargs)
     params, expected = count_examples(
       variables.get("params", {}),
@@ -127,7 +127,7 @@ class Tapped:
     return outputs
 
   def _add_taps(self, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if is_reporting():
+    if is_sowing():
       return init(*args, **kwargs)
     with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
       return init(*args, **kwargs)

@@ -533,6 +533,26 @@ def test_every_init_adds_taps():
   problems.raises("a model that is bound reports nothing", model.bind, variables)
 
 
+def test_a_tapped_model_within_another():
+  """Each counts its own examples: 6 of the loss, and 5 latents."""
+  x, latents, key = normal(6, 4), normal(5, 3), jax.random.key(0)
+  inner = bnp_optax.linen.Tapped(nn.Dense(4, **DTYPE), examples=5)
+
+  class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x, params):
+      shift = inner.apply({"params": params}, latents).sum(0, keepdims=True)
+      return nn.Dense(2, **DTYPE)(x + shift)
+
+  outer = bnp_optax.linen.Tapped(Outer(), examples=6, batch_argument=0)
+  params = inner.init(key, latents)["params"]
+  params = {"inner": params, "outer": outer.init(key, x, params)["params"]}
+  call = lambda p: loss(outer.apply({"params": p["outer"]}, x, p["inner"]))
+  stats = from_taps(jax.grad(call)(params))
+  found = {path[0]: (int(s.examples), int(s.rows)) for path, s in stats.items()}
+  assert found == {"inner": (5, 5), "outer": (6, 6)}
+
+
 def test_within_other_contexts_the_layers_report_to_those():
   x = normal(6, 4)
   model = bnp_optax.linen.Tapped(nn.Dense(3, **DTYPE), examples=6)
