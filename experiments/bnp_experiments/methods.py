@@ -105,9 +105,12 @@ def momentum(rate: Rate) -> optax.GradientTransformation:
   return optax.sgd(rate, momentum=0.9)
 
 
-def bounded_momentum(rate: Rate) -> optax.GradientTransformation:
-  """Return SGD with momentum 0.9 and a bound on the step of each unit."""
-  return optax.chain(momentum(rate), optax.adaptive_grad_clip(0.03))
+def bounded_momentum(rate: Rate, least_norm: float = 1e-3) -> optax.GradientTransformation:
+  """Return SGD with momentum 0.9 and a bound on the step of each unit.
+
+  The bound is a part of the norm of the unit's weights, or of `least_norm` if the norm is less.
+  """
+  return optax.chain(momentum(rate), optax.adaptive_grad_clip(0.03, least_norm))
 
 
 def _four_things(

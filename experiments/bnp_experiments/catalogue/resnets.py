@@ -7,8 +7,6 @@ Each experiment has the settings of the paper, with the learning rates of its Ta
 import dataclasses
 import functools
 
-import optax
-
 from bnp_experiments import methods, models, resnet
 from bnp_experiments.catalogue.section5 import SMOKE
 from bnp_experiments.claims import Claim, better, comparable, gains_more
@@ -86,21 +84,14 @@ _RESNET_BNP_ZERO = dataclasses.replace(
   marker="<",
   network=(("zero_init", True),),
 )
-
-
-def _bounded_from_zero(rate: methods.Rate) -> optax.GradientTransformation:
-  """Return SGD with momentum 0.9 and a bound on the step of each unit whose weights may be zero."""
-  # The bound is a part of the unit's norm, or of 1 if the norm is less.
-  return optax.chain(methods.momentum(rate), optax.adaptive_grad_clip(0.03, eps=1.0))
-
-
 _RESNET_BNP_BOUNDED_ZERO = dataclasses.replace(
   _RESNET_BNP_BOUNDED,
   name="bnp_bounded_zero",
   label="BNP, bounded, zero init",
   colour="#C8C87D",
   marker="P",
-  optimizer=_bounded_from_zero,
+  # Weights that are zero would hardly move with a bound relative to their norm.
+  optimizer=functools.partial(methods.bounded_momentum, least_norm=1.0),
   network=(("zero_init", True),),
 )
 # The paper does not compare with GroupNorm at the settings of BNP + GroupNorm. At `laptop` both
