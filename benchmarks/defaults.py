@@ -525,12 +525,14 @@ def report(records: pathlib.Path) -> None:
     print(f"| {_label(*key)} | {' | '.join(row)} |")
 
   complete = [key for key, found in best.items() if all(name in found for name in NAMES[1:])]
-  print("\n| network | cells | " + " | ".join(NAMES[1:]) + " |")
-  print("| --- | --: |" + " --: |" * len(NAMES[1:]))
-  for network in (*NETWORKS, "all"):
-    keys = [key for key in complete if network in (key[0], "all")]
-    means = [f"{np.mean([best[key][n].mean() for key in keys]):.1f}" for n in NAMES[1:]]
-    print(f"| {' | '.join([NETWORKS.get(network, network), str(len(keys)), *means])} |")
+  groups = {"network": NETWORKS, "batch size": {size: str(size) for size in sorted(BATCH_SIZES)}}
+  for title, names in groups.items():
+    print(f"\n| {title} | cells | " + " | ".join(NAMES[1:]) + " |")
+    print("| --- | --: |" + " --: |" * len(NAMES[1:]))
+    for value, name in {**names, "all": "all"}.items():
+      keys = [key for key in complete if value in (*key, "all")]
+      means = [f"{np.mean([best[key][n].mean() for key in keys]):.1f}" for n in NAMES[1:]]
+      print(f"| {' | '.join([name, str(len(keys)), *means])} |")
 
   print("\n| rates within a point of the best | " + " | ".join(NAMES) + " |")
   print("| --- |" + " --: |" * len(NAMES))
@@ -592,10 +594,16 @@ def _label(network: str, optimizer: str, batch_size: int) -> str:
 
 
 def figure(records: pathlib.Path) -> None:
-  """Draw the accuracy of FC and CNN against the batch size beside the records."""
+  """Draw the two pictures of the page beside the records."""
+  best = best_rates(records)
+  _draw_accuracy(best, records.with_suffix(".png"))
+  _draw_gain(best, records.with_name(f"{records.stem}_gain.png"))
+
+
+def _draw_accuracy(best: Best, path: pathlib.Path) -> None:
+  """Draw the accuracy of FC and CNN against the batch size."""
   import matplotlib.pyplot as plt
 
-  best = best_rates(records)
   styles = {
     "alone": ("#A6A6A6", "s", "optimizer alone"),
     "paper": ("#56B4E9", "v", "BNP, the paper's start"),
@@ -623,7 +631,30 @@ def figure(records: pathlib.Path) -> None:
   fig.supxlabel("batch size")
   fig.supylabel("accuracy on held-out images (%)")
   fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-  fig.savefig(records.with_suffix(".png"), dpi=150)
+  fig.savefig(path, dpi=150)
+
+
+def _draw_gain(best: Best, path: pathlib.Path) -> None:
+  """Draw what `debias` gains over the paper's start in each cell, in points."""
+  import matplotlib.pyplot as plt
+
+  sizes = sorted(BATCH_SIZES)
+  fig, axes = plt.subplots(3, 2, figsize=(9, 6), sharex=True, sharey=True, layout="constrained")
+  for axis, (network, title) in zip(axes.flat, NETWORKS.items(), strict=True):
+    gains = np.full((len(RATES), len(sizes)), np.nan)
+    for (row, optimizer), (column, size) in itertools.product(enumerate(RATES), enumerate(sizes)):
+      found = best.get((network, optimizer, size), {})
+      if {"paper", "debias"} <= found.keys():
+        gains[row, column] = found["debias"].mean() - found["paper"].mean()
+        text, strong = f"{gains[row, column]:+.1f}", abs(gains[row, column]) > 7
+        axis.text(column, row, text, ha="center", va="center", color="w" if strong else "k")
+    image = axis.imshow(gains, cmap="RdBu", vmin=-12, vmax=12, aspect="auto")
+    axis.set_title(title, fontsize=10)
+    axis.set_xticks(range(len(sizes)), map(str, sizes))
+    axis.set_yticks(range(len(RATES)), [OPTIMIZER_NAMES[optimizer] for optimizer in RATES])
+  fig.colorbar(image, ax=axes, extend="max", label="gain (points of accuracy)")
+  fig.supxlabel("batch size")
+  fig.savefig(path, dpi=150)
 
 
 def main() -> None:
