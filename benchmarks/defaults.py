@@ -53,8 +53,6 @@ BATCH_SIZES = (60, 1, 512, 6, 128, 16, 2)
 # Number of steps of FC and CNN, and of the transformers.
 STEPS = {1: (1000, 600), 2: (1000, 600), 6: (1000, 600), 16: (600, 600)}
 STEPS |= {60: (400, 400), 128: (200, 200), 512: (100, 100)}
-# The batch sizes that one learning rate is chosen for.
-ONE_RATE = (1, 60, 512)
 NETWORKS = {
   "fc": "FC",
   "cnn": "CNN",
@@ -489,7 +487,7 @@ def rates_within_a_point(records: pathlib.Path) -> dict[tuple[str, str, int], di
 
 
 def one_rate(records: pathlib.Path) -> dict[tuple[str, str], dict[str, tuple[float, float, float]]]:
-  """Compare one learning rate for all batch sizes of `ONE_RATE` with the best rate for each.
+  """Compare one learning rate for all batch sizes with the best rate for each.
 
   Args:
     records: The records.
@@ -501,18 +499,29 @@ def one_rate(records: pathlib.Path) -> dict[tuple[str, str], dict[str, tuple[flo
   means: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
   rates = {}
   for record in read(records):
-    if "accuracy" in record and record["batch_size"] in ONE_RATE:
+    if "accuracy" in record:
       key = record["network"], record["optimizer"], record["setting"]
       means.setdefault(key, {})[record["batch_size"]] = 100 * np.mean(record["accuracy"], axis=1)
       rates[key] = record["rates"]
   found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
   for (network, optimizer, setting), sizes in means.items():
-    if len(sizes) == len(ONE_RATE):
+    if len(sizes) == len(BATCH_SIZES):
       each = float(np.mean([x.max() for x in sizes.values()]))
       one = np.mean(list(sizes.values()), axis=0)
       rate = rates[network, optimizer, setting][one.argmax()]
       found.setdefault((network, optimizer), {})[setting] = each, float(one.max()), rate
   return found
+
+
+def best_rate_of_debias(records: pathlib.Path) -> dict[tuple[str, str, int], float]:
+  """Return the learning rate of the highest mean accuracy with `debias`, for each cell."""
+  return {
+    (record["network"], record["optimizer"], record["batch_size"]): record["rates"][
+      int(np.mean(record["accuracy"], axis=1).argmax())
+    ]
+    for record in read(records)
+    if "accuracy" in record and record["setting"] == "debias"
+  }
 
 
 def report(records: pathlib.Path) -> None:
@@ -550,14 +559,20 @@ def report(records: pathlib.Path) -> None:
       row = [f"{found[name].mean():.1f}" if name in found else "" for name in names]
       print(f"| {_label(*key)} | {' | '.join(row)} |")
 
-  print("\n| one rate for 1, 60 and 512 | " + " | ".join(NAMES) + " |")
+  print("\n| one rate for all batch sizes | " + " | ".join(NAMES) + " |")
   print("| --- |" + " --: |" * len(NAMES))
   found = one_rate(records)
   for network, optimizer in itertools.product(NETWORKS, RATES):
     row = found.get((network, optimizer), {})
-    if row.keys() >= set(NAMES):
-      texts = [f"{each:.1f} → {one:.1f} at {rate:g}" for each, one, rate in map(row.get, NAMES)]
-      print(f"| {NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]} | {' | '.join(texts)} |")
+    texts = ["{:.1f} → {:.1f} at {:g}".format(*row[n]) if n in row else "" for n in NAMES]
+    print(f"| {NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]} | {' | '.join(texts)} |")
+
+  print("\n| best rate with debias | " + " | ".join(map(str, sorted(BATCH_SIZES))) + " |")
+  print("| --- |" + " --: |" * len(BATCH_SIZES))
+  rates = best_rate_of_debias(records)
+  for network, optimizer in itertools.product(NETWORKS, RATES):
+    row = [f"{rates.get((network, optimizer, size), math.nan):g}" for size in sorted(BATCH_SIZES)]
+    print(f"| {NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]} | {' | '.join(row)} |")
 
   def mean(name: str) -> float:
     return float(np.mean([best[key][name].mean() for key in complete]))

@@ -62,7 +62,7 @@ def table_rows(text):
 @pytest.mark.parametrize(
   ("name", "pages", "rows"),
   [
-    ("defaults", ("docs/optimizers.md", "README.md"), 51),
+    ("defaults", ("docs/optimizers.md", "docs/tuning.md", "README.md"), 240),
     ("trainers", ("docs/howto/trainers.md",), 8),
     ("ahead", ("docs/performance.md",), 40),
     ("high_rate", ("docs/diagnostics.md",), 25),
