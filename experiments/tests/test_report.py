@@ -36,7 +36,6 @@ COMMITTED = [
 
 # What was not run: names of methods and the batch sizes.
 MISSING = {
-  "fig6-left": [("bnp_groupnorm_debias", 128)],
   "batch-sizes-fc": [
     (method, size)
     for method in ("bnp_muon_debias", "bnp_muon_unscaled")
