@@ -41,10 +41,6 @@ MISSING = {
     for method in ("bnp_muon_debias", "bnp_muon_unscaled")
     for size in (1, 2, 4, 6, 16)
   ],
-  "vit": [
-    ("bnp_adam_debias", 4),
-    *itertools.product(("bnp_adam_debias_plain", "bnp_muon_unscaled"), (64, 4)),
-  ],
 }
 
 
