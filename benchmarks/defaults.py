@@ -7,7 +7,7 @@ of a setting in a cell is the mean over the seeds at its best rate, on held-out 
 
 The settings of BNP are the paper's start of the running statistics; `debias`; `debias` with
 `lag_guard=2`; and `debias` with a bound on the step in z, `optax.adaptive_grad_clip(0.03)`. The
-optimizer alone is measured as well.
+optimizer alone is measured in a part of the cells.
 
 The rule for the defaults, written before the runs: the default is the one of the first three
 settings with the highest mean over all cells, unless it is below the paper's start in some cell by
