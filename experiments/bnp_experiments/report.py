@@ -8,7 +8,7 @@ from rich.table import Table
 
 from bnp_experiments import selection
 from bnp_experiments.catalogue import EXPERIMENTS
-from bnp_experiments.claims import TRAINS
+from bnp_experiments.claims import TRAINS, Claim, Judgement
 from bnp_experiments.experiment import SCALES, Experiment
 from bnp_experiments.methods import SGD, Method
 from bnp_experiments.outcomes import Outcome, find, percent, plateau
@@ -114,7 +114,7 @@ def plateaus(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, st
 
 
 def claims(folder: pathlib.Path) -> tuple[Table, str]:
-  """Tabulate the verdict on each claim, by the results at the largest scale available.
+  """Tabulate the verdict on each claim, by the results at the largest scale that has its methods.
 
   Args:
     folder: The folder of the results of all experiments.
@@ -125,11 +125,10 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
   """
   lines = []
   for experiment in EXPERIMENTS.values():
-    shown, gathered = _largest(experiment, folder)
-    setting = caption(shown) if gathered else "no results"
-    name = f"{shown.name} ({shown.place})" if shown.place else shown.name
-    for claim in shown.claims:
-      judgement = claim.judge(gathered)
+    recorded = _recorded(experiment, folder)
+    name = f"{experiment.name} ({experiment.place})" if experiment.place else experiment.name
+    for claim in experiment.claims:
+      setting, judgement = _judge(claim, recorded)
       lines.append((name, setting, claim.text, judgement.measured, judgement.verdict))
   columns = ("experiment", "setting", "claim", "measured, % of test images", "verdict")
   shown, markdown = table(columns, lines)
@@ -137,6 +136,15 @@ def claims(folder: pathlib.Path) -> tuple[Table, str]:
   summary = ", ".join(f"{verdict}: {number}" for verdict, number in counts)
   shown.title, shown.title_justify = f"{count(len(lines), 'claim')}. {summary}", "left"
   return shown, markdown
+
+
+def _judge(claim: Claim, recorded: list[tuple[Experiment, list[Outcome]]]) -> tuple[str, Judgement]:
+  """Return the setting and the verdict of the largest scale that has the methods of a claim."""
+  judged = [
+    (caption(shown) if gathered else "no results", claim.judge(gathered))
+    for shown, gathered in recorded
+  ]
+  return next((each for each in judged if each[1].verdict != "not run"), judged[0])
 
 
 def rates(folder: pathlib.Path) -> tuple[Table, str]:
@@ -150,23 +158,28 @@ def rates(folder: pathlib.Path) -> tuple[Table, str]:
   """
   lines = []
   for experiment in EXPERIMENTS.values():
-    shown, gathered = _largest(experiment, folder)
+    recorded = _recorded(experiment, folder)
     for method in experiment.methods:
-      found = find(gathered, method.name, None)
+      found = next(
+        filter(None, (find(gathered, method.name, None) for _, gathered in recorded)), None
+      )
       if method.name in experiment.paper_rates and found and len(found.rates) > 1:
         theirs = f"{experiment.paper_rates[method.name]:g}"
-        lines.append((f"{shown.name} ({shown.place})", method.label, theirs, _rate(found)))
+        name = f"{experiment.name} ({experiment.place})"
+        lines.append((name, method.label, theirs, _rate(found)))
   return table(("experiment", "method", "rate in the paper", "rate chosen here"), lines)
 
 
-def _largest(experiment: Experiment, folder: pathlib.Path) -> tuple[Experiment, list[Outcome]]:
-  for scale in reversed(SCALES):
-    shown = experiment.at(scale)
-    exists = (folder / shown.folder / FILE).exists()
-    # A run without complete results must not hide a complete one at a smaller scale.
-    if exists and (gathered := outcomes(shown, read_results(folder / shown.folder))):
-      return shown, gathered
-  return experiment, []
+def _recorded(
+  experiment: Experiment, folder: pathlib.Path
+) -> list[tuple[Experiment, list[Outcome]]]:
+  """Return the experiment and its outcomes at each scale that has some, the largest one first."""
+  recorded = []
+  for shown in map(experiment.at, reversed(SCALES)):
+    if (folder / shown.folder / FILE).exists():
+      recorded.append((shown, outcomes(shown, read_results(folder / shown.folder))))
+  # A run without complete results must not hide a complete one at a smaller scale.
+  return [(shown, gathered) for shown, gathered in recorded if gathered] or [(experiment, [])]
 
 
 def table(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> tuple[Table, str]:

@@ -185,3 +185,18 @@ def test_an_incomplete_run_does_not_hide_a_smaller_one(tmp_path):
   claims = [line for line in table if line.startswith("| fig4-left")]
   assert claims
   assert not [line for line in claims if "not run" in line]
+
+
+def test_a_claim_is_judged_at_the_largest_scale_that_has_its_methods(tmp_path):
+  for scale, names in (("laptop", None), ("paper", ("sgd", "bnp"))):
+    folder = f"fig4-left-cifar10-{scale}"
+    (tmp_path / folder).mkdir()
+    lines = (RESULTS / folder / FILE).read_text().splitlines()
+    kept = [line for line in lines if names is None or json.loads(line).get("method") in names]
+    (tmp_path / folder / FILE).write_text("\n".join(kept) + "\n")
+  table = [line for line in report.claims(tmp_path)[1].splitlines() if "fig4-left" in line]
+  settings = {line.split("|")[3].strip(): line.split("|")[2] for line in table}
+  assert "20 epochs, 5 seeds" in settings["BNP ends above the vanilla network"]
+  assert "5 epochs, 3 seeds" in settings["BNP ends above BatchNorm"]
+  chosen = [line for line in report.rates(tmp_path)[1].splitlines() if "fig4-left" in line]
+  assert len(chosen) == len(EXPERIMENTS["fig4-left"].paper_rates)
