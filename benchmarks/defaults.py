@@ -459,30 +459,34 @@ def read(records: pathlib.Path) -> list[dict[str, Any]]:
   return [json.loads(line) for line in records.read_text().splitlines() if line]
 
 
-Best = dict[tuple[str, str, int], dict[str, np.ndarray]]
+Key = tuple[str, str, int]
+Best = dict[Key, dict[str, np.ndarray]]
 NAMES = ("alone", "paper", *CORRECTED)
+
+
+def measured(records: pathlib.Path) -> Iterator[tuple[Key, str, np.ndarray]]:
+  """Yield network, optimizer and batch size, a setting, and its accuracy in %, `[rates, seeds]`."""
+  for record in read(records):
+    if "accuracy" in record:
+      key = record["network"], record["optimizer"], record["batch_size"]
+      yield key, record["setting"], 100 * np.array(record["accuracy"])
 
 
 def best_rates(records: pathlib.Path) -> Best:
   """Return the accuracy in % of each setting in each cell at its best rate, `[seeds]`."""
   best: Best = {}
-  for record in read(records):
-    if "accuracy" in record:
-      accuracy = 100 * np.array(record["accuracy"])
-      key = record["network"], record["optimizer"], record["batch_size"]
-      best.setdefault(key, {})[record["setting"]] = accuracy[accuracy.mean(axis=1).argmax()]
+  for key, setting, accuracy in measured(records):
+    best.setdefault(key, {})[setting] = accuracy[accuracy.mean(axis=1).argmax()]
   order = list(itertools.product(NETWORKS, RATES, sorted(BATCH_SIZES)))
   return {key: best[key] for key in order if key in best}
 
 
-def rates_within_a_point(records: pathlib.Path) -> dict[tuple[str, str, int], dict[str, int]]:
+def rates_within_a_point(records: pathlib.Path) -> dict[Key, dict[str, int]]:
   """Return the number of learning rates within a point of the best, for each setting of a cell."""
-  widths: dict[tuple[str, str, int], dict[str, int]] = {}
-  for record in read(records):
-    if "accuracy" in record:
-      means = np.mean(record["accuracy"], axis=1)
-      key = record["network"], record["optimizer"], record["batch_size"]
-      widths.setdefault(key, {})[record["setting"]] = int(np.sum(means >= means.max() - 0.01))
+  widths: dict[Key, dict[str, int]] = {}
+  for key, setting, accuracy in measured(records):
+    means = accuracy.mean(axis=1)
+    widths.setdefault(key, {})[setting] = int(np.sum(means >= means.max() - 1))
   return widths
 
 
@@ -497,30 +501,24 @@ def one_rate(records: pathlib.Path) -> dict[tuple[str, str], dict[str, tuple[flo
     best rate for each, with the best one rate, and that rate.
   """
   means: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
-  rates = {}
-  for record in read(records):
-    if "accuracy" in record:
-      key = record["network"], record["optimizer"], record["setting"]
-      means.setdefault(key, {})[record["batch_size"]] = 100 * np.mean(record["accuracy"], axis=1)
-      rates[key] = record["rates"]
+  for (network, optimizer, size), setting, accuracy in measured(records):
+    means.setdefault((network, optimizer, setting), {})[size] = accuracy.mean(axis=1)
   found: dict[tuple[str, str], dict[str, tuple[float, float, float]]] = {}
   for (network, optimizer, setting), sizes in means.items():
     if len(sizes) == len(BATCH_SIZES):
       each = float(np.mean([x.max() for x in sizes.values()]))
       one = np.mean(list(sizes.values()), axis=0)
-      rate = rates[network, optimizer, setting][one.argmax()]
+      rate = RATES[optimizer][one.argmax()]
       found.setdefault((network, optimizer), {})[setting] = each, float(one.max()), rate
   return found
 
 
-def best_rate_of_debias(records: pathlib.Path) -> dict[tuple[str, str, int], float]:
+def best_rate_of_debias(records: pathlib.Path) -> dict[Key, float]:
   """Return the learning rate of the highest mean accuracy with `debias`, for each cell."""
   return {
-    (record["network"], record["optimizer"], record["batch_size"]): record["rates"][
-      int(np.mean(record["accuracy"], axis=1).argmax())
-    ]
-    for record in read(records)
-    if "accuracy" in record and record["setting"] == "debias"
+    key: RATES[key[1]][accuracy.mean(axis=1).argmax()]
+    for key, setting, accuracy in measured(records)
+    if setting == "debias"
   }
 
 

@@ -160,9 +160,8 @@ def rates(folder: pathlib.Path) -> tuple[Table, str]:
   for experiment in EXPERIMENTS.values():
     recorded = _recorded(experiment, folder)
     for method in experiment.methods:
-      found = next(
-        filter(None, (find(gathered, method.name, None) for _, gathered in recorded)), None
-      )
+      each = (find(gathered, method.name, None) for _, gathered in recorded)
+      found = next(filter(None, each), None)
       if method.name in experiment.paper_rates and found and len(found.rates) > 1:
         theirs = f"{experiment.paper_rates[method.name]:g}"
         name = f"{experiment.name} ({experiment.place})"
