@@ -40,7 +40,7 @@ class _Sampler:
     # A single run without the axis of lanes, as in a user's program; a stack of one is slower.
     self._state = jax.tree.map(lambda x: x[0], training.init(setup, lanes, examples.images))
     order = np.arange(_MAX_STEPS * setup.batch_size, dtype=np.int32) % len(examples.images)
-    if setup.stacked:
+    if isinstance(examples.images, jax.Array):
       take_steps = jax.jit(functools.partial(training.take_steps, setup), donate_argnums=0)
       order = jax.device_put(order)
     else:

@@ -49,8 +49,10 @@ class Trainer:
     self.splits = make_splits(experiment, dataset)
     self.results = results
     self._classes = dataset.classes
-    if self.setup(SGD, 1).stacked:
-      self.splits = jax.device_put(self.splits)
+    # Files of images are read batch by batch. Several accelerators share each batch.
+    accelerated = jax.default_backend() != "cpu" and jax.device_count() == 1
+    if self.setup(SGD, 1).stacked or (accelerated and isinstance(dataset.x_train, np.ndarray)):
+      self.splits = self.splits._replace(fit=jax.device_put(self.splits.fit))
     self._checkpoints = checkpoints
     self._progress = progress
     self._task = progress.add_task("starting", total=None)

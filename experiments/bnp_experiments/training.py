@@ -1,11 +1,11 @@
 """Training of networks in stacks of lanes.
 
 A lane is one training run. The lanes of a stack differ in their seeds and learning rates. The lanes
-of a fully connected network are mapped with `jax.vmap`, and its steps loop inside the compiled
-program, so that a grid of rates or a set of seeds costs little more than one run. Other networks
-train lane by lane and step by step, because XLA's CPU code is many times slower for a convolution
-inside a loop or with a kernel for each lane. All randomness comes from the seeds: equal lanes give
-equal bits.
+of a fully connected network are mapped with `jax.vmap`, so that a grid of rates or a set of seeds
+costs little more than one run. Other networks train lane by lane, because a convolution with a
+kernel for each lane is slow. Examples on the device are trained on in a loop inside the compiled
+program. Examples on the host are trained on step by step: XLA's CPU code for a convolution inside a
+loop is many times slower. All randomness comes from the seeds: equal lanes give equal bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +55,7 @@ class Setup:
 
   @property
   def stacked(self) -> bool:
-    """Whether lanes train together, in a loop of the compiled program."""
+    """Whether lanes train together."""
     return isinstance(self.model, MLP)
 
   @property
@@ -257,6 +257,9 @@ def _take_steps_of_lanes(
   return jax.vmap(take)(state, Lane(*lanes), order)
 
 
+_take_steps_of_one = jax.jit(take_steps, static_argnames="setup", donate_argnames="state")
+
+
 def take_steps_in_turn(
   setup: Setup,
   state: LaneState,
@@ -314,7 +317,8 @@ def train_epoch(
     state: The state of the lanes; its buffers are donated.
     lanes: Their seeds and rates.
     epoch: Number of the epoch, from 1.
-    examples: The training examples: on the device where lanes are stacked, else on the host.
+    examples: The training examples: as JAX arrays for a loop of steps, which lanes that are stacked
+      need, else on the host.
     on_steps: Called regularly with the number of steps of all lanes taken since the last call.
 
   Returns:
@@ -332,14 +336,16 @@ def train_epoch(
       loss_sum += np.asarray(losses, np.float64)
       on_steps(count * (last - first))
     return state, loss_sum / setup.steps
+  if isinstance(examples.images, jax.Array):
+    take, stride = _take_steps_of_one, _IMAGES_A_CALL // setup.batch_size
+  else:
+    take, stride, order = take_steps_in_turn, _STEPS_AHEAD, np.asarray(order)
   trained = []
-  for number, lane_order in enumerate(np.asarray(order)):
+  for number in range(count):
     alone = jax.tree.map(lambda leaf, number=number: leaf[number], state)
-    for first, last in _strides(setup.steps, _STEPS_AHEAD):
+    for first, last in _strides(setup.steps, stride):
       steps = Steps(epoch, first, last)
-      alone, losses = take_steps_in_turn(
-        setup, alone, lanes.lane(number), lane_order, steps, examples
-      )
+      alone, losses = take(setup, alone, lanes.lane(number), order[number], steps, examples)
       loss_sum[number] += float(losses)
       on_steps(last - first)
     trained.append(jax.device_put(alone, jax.devices()[0]))

@@ -120,21 +120,15 @@ def coloured():
 CONVOLUTIONAL = CNN((4,), 8, 2)
 
 
-def test_networks_that_are_not_stacked_take_the_steps_of_the_loop(coloured):
+def test_images_on_the_device_and_on_the_host_train_alike(coloured, monkeypatch):
   setup = _setup(methods.BNP, coloured, batch_size=16, network=CONVOLUTIONAL)
   assert not setup.stacked
-  state, losses = _train(setup, [1, 2], [0.1, 0.3], coloured, epochs=2)
-  lanes = training.make_lanes([2], [0.3])
-  looped = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, coloured[0]))
-  for epoch in (1, 2):
-    (order,) = training.epoch_order(lanes.seeds, epoch, 66)
-    steps = training.Steps(epoch, 0, setup.steps)
-    examples = training.Examples(*map(jnp.asarray, coloured))
-    looped, loss = training.take_steps(setup, looped, lanes.lane(0), order, steps, examples)
-  np.testing.assert_allclose(losses[1, 1], loss / setup.steps, rtol=1e-5)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6), state, looped
-  )
+  in_turn, losses = _train(setup, [1, 2], [0.1, 0.3], coloured, epochs=2)
+  monkeypatch.setattr(training, "_IMAGES_A_CALL", 48)
+  monkeypatch.delattr(training, "take_steps_in_turn")
+  looped, expected = _train(setup, [1, 2], [0.1, 0.3], tuple(map(jnp.asarray, coloured)), epochs=2)
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), in_turn, looped)
 
 
 def test_a_large_batch_is_split_over_the_devices_to_the_same_result(coloured, monkeypatch):
