@@ -71,6 +71,18 @@ def update_debiased_statistics(
   return _towards(mu, mu_H, K), _towards(sigma2, sigma2_H, K) + K * (1 - K) * d * d, W
 
 
+def varies(mu: jax.Array, sigma2: jax.Array) -> jax.Array:
+  """Return whether the variance of inputs is more than the rounding of their mean."""
+  return sigma2 > (8 * jnp.finfo(mu.dtype).eps * mu) ** 2
+
+
+def find_largest(mu: jax.Array, sigma2: jax.Array, *, debias: bool) -> jax.Array:
+  """Return the largest variance of each linear map, with ``debias`` that of inputs that vary."""
+  # Without the initial variance of 1, the variance of a constant is rounding alone.
+  sigma2 = jnp.where(varies(mu, sigma2), sigma2, 0) if debias else sigma2
+  return jnp.max(sigma2, axis=(1, 2), keepdims=True)
+
+
 def make_preconditioner(
   mu: jax.Array,
   sigma2: jax.Array,
@@ -84,11 +96,10 @@ def make_preconditioner(
   """Take step 3: compute sigma-tilde and q from the running statistics and the batch size.
 
   Inputs that have not varied, such as a first single row, have a ``sigma-tilde`` of 1, which is not
-  in the paper. ``largest`` is the maximum of ``sigma2`` over the features, where it has been
-  computed already.
+  in the paper. ``largest`` is that of `find_largest`, where it has been computed already.
   """
   if largest is None:
-    largest = jnp.max(sigma2, axis=(1, 2), keepdims=True)
+    largest = find_largest(mu, sigma2, debias=False)
   # z_w is then rounding alone. Division by sqrt(eps_2) would multiply it, and Adam by far more.
   sigma = jnp.where(largest > 0, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), 1)
   q2 = jnp.maximum(window * mu.shape[-1] / examples, jnp.sqrt(positions))

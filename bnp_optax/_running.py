@@ -6,7 +6,7 @@ while tracing; a compiled step holds arithmetic alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
 import math
@@ -184,7 +184,7 @@ class RunningStatistics:
       old = [field[i] for field in fields]
       new = self._advance(layer, *old, batch=batch)
       shape = leaves[i].shape
-      finite, largest = _check(layer.layout, shape, new[0], new[1], old[1])
+      finite, largest = _check(layer.layout, shape, new[:2], old[:2], debias=self.debias)
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
       for field, x, y in zip(fields, new, old, strict=True):
         field[i] = jnp.where(finite, x, y)
@@ -262,28 +262,30 @@ class RunningStatistics:
 def _check(
   layout: KernelLayout,
   shape: tuple[int, ...],
-  mean: jax.Array,
-  variance: jax.Array,
-  old_variance: jax.Array,
+  new: Sequence[jax.Array],
+  old: Sequence[jax.Array],
+  *,
+  debias: bool,
 ) -> Any:
-  """Return whether mean and variance are finite, and the largest variance: the old one if not."""
+  """Check that a new mean and variance are finite, and find the largest variance.
 
-  def check_first(mean: jax.Array, variance: jax.Array, old: jax.Array) -> Any:
-    finite = jnp.all(jnp.isfinite(mean) & jnp.isfinite(variance), axis=-1, keepdims=True)
-    return finite, _largest(layout, shape, jnp.where(finite, variance, old))
+  Returns:
+    Whether they are finite, and the largest variance: the old one if they are not.
+  """
 
-  def reduce_once(mean: jax.Array, variance: jax.Array, old: jax.Array) -> Any:
-    checked = jnp.where(jnp.isfinite(mean) & jnp.isfinite(variance), variance, jnp.inf)
-    largest = [_largest(layout, shape, sigma2) for sigma2 in (checked, old)]
-    finite = largest[0].reshape(*checked.shape[:-1], -1).max(axis=-1, keepdims=True) < jnp.inf
-    return finite, jnp.where(layout.scalars_to_canonical(finite), *largest)
+  def find_largest(*mean_and_variance: jax.Array) -> jax.Array:
+    canonical = [layout.statistics_to_canonical(x, shape) for x in mean_and_variance]
+    return _preconditioner.find_largest(*canonical, debias=debias)
+
+  def check_first(new: Sequence[jax.Array], old: Sequence[jax.Array]) -> Any:
+    finite = jnp.all(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), axis=-1, keepdims=True)
+    return finite, find_largest(*(jnp.where(finite, x, y) for x, y in zip(new, old, strict=True)))
+
+  def reduce_once(new: Sequence[jax.Array], old: Sequence[jax.Array]) -> Any:
+    both = jnp.isfinite(new[0]) & jnp.isfinite(new[1])
+    checked = find_largest(jnp.where(both, new[0], 0), jnp.where(both, new[1], jnp.inf))
+    finite = checked.reshape(*new[0].shape[:-1], -1).max(axis=-1, keepdims=True) < jnp.inf
+    return finite, jnp.where(layout.scalars_to_canonical(finite), checked, find_largest(*old))
 
   # The first is faster on a CPU. The second takes a kernel less on a GPU and a TPU.
-  return jax.lax.platform_dependent(
-    mean, variance, old_variance, cpu=check_first, default=reduce_once
-  )
-
-
-def _largest(layout: KernelLayout, shape: tuple[int, ...], sigma2: jax.Array) -> jax.Array:
-  """Return the largest variance of each linear map, ``[stack, 1, 1]``."""
-  return jnp.max(layout.statistics_to_canonical(sigma2, shape), axis=(1, 2), keepdims=True)
+  return jax.lax.platform_dependent(new, old, cpu=check_first, default=reduce_once)

@@ -553,3 +553,15 @@ def test_a_model_that_draws_random_numbers_can_be_surveyed():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
   variables = Noisy().init(jax.random.key(0), x)
   assert [x.name for x in conditioning.survey(Noisy(), variables, x).layers] == ["head", "mean"]
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_rows_that_are_equal_have_the_preconditioner_of_the_step(debias):
+  params = {"kernel": jnp.ones((5, 4)), "bias": jnp.zeros(4)}
+  x = jnp.full((7, 5), 0.1)
+  stats = bnp_optax.layer_statistics(x, examples=7, rows=7)
+  assert 0 < stats.variance[0] < 1e-15
+  tx = bnp_optax.scale_by_bnp(decay=0.0, debias=debias)
+  _, state = tx.update(params, tx.init(params), stats={"layer_statistics": stats})
+  diagnostics = conditioning.diagnose(params, state, {"layer_statistics": stats})
+  np.testing.assert_allclose(diagnostics.kappa_D, 1 if debias else 100, rtol=1e-5)

@@ -162,11 +162,16 @@ def test_the_first_step_is_that_of_the_matrix_of_the_batch(problem, make):
     np.testing.assert_allclose(columns(updates[name]), expected, rtol=2e-4, atol=1e-6)
 
 
-def test_a_first_single_row_does_not_multiply_rounding():
+@pytest.mark.parametrize("rows", [1, 7, 60, 128])
+def test_rows_that_start_alike_do_not_multiply_rounding(rows):
   """The gradient of the kernel in z is then rounding alone, of which only the sign is used here."""
   model = problems.MLP()
-  params, batch = problems.make(model, (1, 5))
+  params, (row, y) = problems.make(model, (1, 5))
+  batch = jnp.tile(row + 0.1, (rows, 1)), jnp.tile(y, (rows, 1))
   grads, stats = problems.grads_and_stats(model, params, batch)
+  variance = stats["first"]["layer_statistics"].variance
+  # Of the first layer: what is rounding, and not 0.
+  assert jnp.any(variance > 0) == (rows > 1)
   tx = bnp_optax.bnp(optax.sign_sgd(0.1))
   updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, stats=stats)
   for name in params:

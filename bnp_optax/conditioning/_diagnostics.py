@@ -170,7 +170,7 @@ def diagnose(
       "diagnose: there is no state of scale_by_bnp or bnp in the optimizer's state, a tree of "
       f"{jax.tree.structure(state)}."
     )
-  means, variances = (
+  means, variances, weights = (
     {
       path: x
       for s in states
@@ -178,7 +178,7 @@ def diagnose(
       # The layer may belong to another optimizer of a partition.
       if not is_masked(x)
     }
-    for field in ("input_mean", "input_variance")
+    for field in ("input_mean", "input_variance", "input_weight")
   )
   leaves, _ = flatten_masked(params)
   preconditioned = [x for x in find_layers(params, layers) if x.path in means]
@@ -200,6 +200,7 @@ def diagnose(
       eps_relative,
       eps_absolute,
       lag_guard,
+      debias=layer.path in weights,
     )
     for layer in preconditioned
   ]

@@ -29,6 +29,8 @@ def layer_values(
   eps_1: ArrayLike,
   eps_2: ArrayLike,
   lag_guard: ArrayLike | None,
+  *,
+  debias: bool,
 ) -> dict[str, jax.Array]:
   """Return the fields of `Diagnostics` for one layer, a scalar each."""
   layout, bias = layer.layout, layer.bias is not None
@@ -47,8 +49,9 @@ def layer_values(
   window = layout.window_size(shape)
   eps_1, eps_2 = (jnp.asarray(x, mean.dtype) for x in (eps_1, eps_2))
   examples = jnp.maximum(examples, 1)
+  largest = _preconditioner.find_largest(mu, sigma2, debias=debias)
   p = _preconditioner.make_preconditioner(
-    mu, sigma2, window, examples, rows / examples, eps_1, eps_2
+    mu, sigma2, window, examples, rows / examples, eps_1, eps_2, largest
   )
   if lag_guard is not None and bias:
     c = jnp.asarray(lag_guard, mean.dtype)
@@ -58,7 +61,7 @@ def layer_values(
   mu, sigma, mu_H, sigma2_H = (x.reshape(stack, -1) for x in (p.mu, p.sigma, mu_H, sigma2_H))
 
   # The variance of a constant is not 0 but that of its rounding.
-  alive = sigma2_H > (4 * jnp.finfo(mean.dtype).eps * mu_H) ** 2
+  alive = _preconditioner.varies(mu_H, sigma2_H)
   widest = jnp.max(sigma2_H, axis=-1, where=alive, initial=0)
   narrowest = jnp.min(sigma2_H, axis=-1, where=alive, initial=jnp.inf)
   delta = (mu_H - mu) / sigma
