@@ -119,7 +119,7 @@ def layer_statistics(
   *,
   examples: int | jax.Array,
   rows: int,
-  mask: jax.Array | None = None,
+  mask: Mask = None,
   stack: int = 0,
   axis_name: AxisName | None = None,
   kernel: str = "kernel",
@@ -141,13 +141,16 @@ def layer_statistics(
     inputs: Inputs of the layer, ``[*leading, *stack, features]``; any real dtype.
     examples: Number of these inputs that the loss is a mean over.
     rows: Number of rows of ``H`` that the inputs make, before masking.
-    mask: True for the leading positions that count, ``[*leading]``; None for all.
+    mask: Nonzero for the leading positions that count, ``[*leading]``; None for all.
     stack: Number of stack axes.
     axis_name: Mapped axes that the batch is split over. The sums are taken over all of it.
     kernel: Name of the kernel leaf that the statistics belong to.
 
   Returns:
     The sums, in float32, or float64 where the inputs are float64.
+
+  Raises:
+    ValueError: While tracing, if the shape of the mask is not the leading shape of the inputs.
   """
 
   def sum_over_devices(x: Any) -> Any:
@@ -162,6 +165,12 @@ def layer_statistics(
   counted = jnp.asarray(sum_over_devices(rows), dtype)
   present = True
   if mask is not None:
+    mask = jnp.asarray(mask).astype(bool)
+    if mask.shape != h.shape[: len(leading)]:
+      raise ValueError(
+        f"layer_statistics: the mask has shape {mask.shape}, and the inputs of shape {h.shape} "
+        f"have the leading shape {h.shape[: len(leading)]}. Broadcast the mask to it."
+      )
     # where(), not a product: padding may hold anything, and 0 * NaN is NaN.
     present = jnp.expand_dims(mask, range(mask.ndim, h.ndim))
     h = jnp.where(present, h, 0)

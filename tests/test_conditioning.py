@@ -341,6 +341,30 @@ def test_survey_names_what_is_not_covered():
   assert shown[3].startswith("kernel: its kernel is masked")
 
 
+def test_survey_of_layers_that_count_examples_differently():
+  class Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.Dense(3, name="hidden", **F64)(x.reshape(-1, x.shape[-1]))
+      return nn.Dense(2, name="head", **F64)(h.reshape(*x.shape[:2], 3).mean(axis=1))
+
+  class NnxTokens(nnx.Module):
+    def __init__(self, rngs):
+      self.hidden = nnx.Linear(2, 3, rngs=rngs, **F64)
+      self.head = nnx.Linear(3, 2, rngs=rngs, **F64)
+
+    def __call__(self, x):
+      h = self.hidden(x.reshape(-1, x.shape[-1]))
+      return self.head(h.reshape(*x.shape[:2], 3).mean(axis=1))
+
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 5, 2)))
+  for model in ((Tokens(), Tokens().init(jax.random.key(0), x)), nnx.split(NnxTokens(nnx.Rngs(0)))):
+    assert {x.name: x.rows for x in conditioning.survey(*model, x).layers} == {
+      "hidden": 40,
+      "head": 8,
+    }
+
+
 def test_survey_of_an_nnx_model():
   x = jnp.asarray(np.random.default_rng(0).normal(2, [1, 3], (8, 2)))
   model = nnx.Linear(2, 3, rngs=nnx.Rngs(0), **F64)

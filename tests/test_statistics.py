@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +92,17 @@ def test_padding_is_ignored():
   assert masked.rows == 3
   np.testing.assert_allclose(masked.mean, valid.mean, rtol=1e-6)
   np.testing.assert_allclose(masked.variance, valid.variance, rtol=1e-6)
+
+
+def test_a_mask_of_numbers_counts_what_is_not_zero():
+  h = jnp.arange(6.0).reshape(3, 2)
+  numbers = statistics_of(h, mask=np.array([2, 1, 0]))
+  chex.assert_trees_all_equal(numbers, statistics_of(h, mask=jnp.array([True, True, False])))
+
+
+def test_a_mask_without_the_leading_shape():
+  with pytest.raises(ValueError, match=r"mask has shape \(2,\), and .* leading shape \(2, 3\)"):
+    statistics_of(jnp.ones((2, 3, 4)), mask=jnp.array([True, False]))
 
 
 def test_a_part_that_is_padding_alone_adds_nothing():

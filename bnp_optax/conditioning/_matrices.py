@@ -221,11 +221,11 @@ def _linen(
 
   def call(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     variables = {k: v for k, v in variables.items() if k != "intermediates"}
-    # Both passes use the same random numbers.
+    # Both passes use the same random numbers. A condition number does not depend on examples=.
     rngs = {"params": jax.random.key(0)}
     with linen.report_calls(_MATRICES):
       _, matrices = model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
-    with linen.sow_statistics():
+    with linen.sow_statistics(examples=1):
       _, statistics = model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
     return matrices.get("intermediates", {}), statistics["intermediates"]
 
@@ -252,7 +252,7 @@ def _nnx(
 
   def call(variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     found: list[Any] = []
-    for context in (report_calls(_MATRICES), sow_statistics()):
+    for context in (report_calls(_MATRICES), sow_statistics(examples=1)):
       with context:
         found.append(nnx.capture(nnx.merge(model, variables), Statistics)(*args, **kwargs)[1])
     return found[0], found[1]
