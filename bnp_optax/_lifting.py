@@ -21,6 +21,8 @@ from flax.core import lift
 from flax.core.scope import Scope, in_filter
 from flax.typing import Out
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from bnp_optax._calls import PREFIX, Call
 from bnp_optax._observations import Observation
@@ -29,6 +31,8 @@ from bnp_optax._reporting import Reporter, activate
 from bnp_optax._trees import Path
 
 COLLECTION = "intermediates"
+# Relative error of the gradient of a kernel that is cast.
+_ROUNDING = 0.05
 
 _Active = contextvars.ContextVar[Any]
 
@@ -203,11 +207,15 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
       "leave them out there"
     )
   for transform in reversed(_outer.get()):
-    axes = () if isinstance(transform, _Lifted) else transform(path)
-    if axes is None or (axes and len(axes) != call.layout.ndim):
+    axes = bias_axes = ()
+    if not isinstance(transform, _Lifted):
+      axes = transform(path)
+      bias_axes = transform((*path[:-1], call.layout.bias)) if biased else ()
+    kept = bias_axes is not None and bias_axes == tuple(range(len(bias_axes)))
+    if axes is None or not kept or (axes and len(axes) != call.layout.ndim):
       problem = problem or (
-        "nn.map_variables computes its kernel from its parameter, and which axis of one is which "
-        "of the other is not known"
+        "nn.map_variables computes its kernel from its parameter by more than a transposition or a "
+        "cast, or changes its bias. To scale a kernel, scale the inputs of the layer instead"
       )
     elif axes:
       shape = tuple(call.shape[axes.index(axis)] for axis in range(len(axes)))
@@ -218,25 +226,36 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
 def _mapped_axes(
   function: Callable[..., Any], variables: dict[str, Any], path: Path
 ) -> tuple[int, ...] | None:
-  """Return which axis of a parameter each axis of its image is; None if that is not defined.
+  """Return which axis of a parameter each axis of its image is; None if they are different kernels.
 
-  The function is applied to a parameter of the same rank whose axes have different lengths.
+  The function is applied to a parameter of the same rank whose axes have different lengths. Its
+  derivative must be the transposition, so that the gradients of both are the same numbers.
   """
   keys = ("params", *path)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
   index = next((i for i, (p, _) in enumerate(leaves) if _names(p) == keys), None)
   if index is None:
     return None
-  values = [leaf for _, leaf in leaves]
-  lengths = tuple(range(2, 2 + values[index].ndim))
-  values[index] = jax.ShapeDtypeStruct(lengths, values[index].dtype)
+  parameter = leaves[index][1]
+  lengths = tuple(range(2, 2 + parameter.ndim))
+
+  def image_of(parameter: jax.Array) -> jax.Array:
+    values = [jnp.ones(leaf.shape, leaf.dtype) for _, leaf in leaves]
+    values[index] = parameter
+    images = jax.tree_util.tree_flatten_with_path(function(treedef.unflatten(values)))[0]
+    return {_names(p): leaf for p, leaf in images}[keys]
+
   try:
-    images = jax.eval_shape(lambda values: function(treedef.unflatten(values)), values)
+    with jax.ensure_compile_time_eval():
+      probe = jnp.asarray(np.random.default_rng(0).uniform(1, 3, lengths), parameter.dtype)
+      image = jax.eval_shape(image_of, probe)
+      axes = tuple(lengths.index(n) for n in image.shape)
+      gradient = probe.transpose(axes).astype(image.dtype)
+      # Compiled, so that the other variables, which may be large, are not computed.
+      (gradient,) = jax.jit(lambda x, y: jax.vjp(image_of, x)[1](y))(probe, gradient)
+      return axes if jnp.allclose(gradient, probe, rtol=_ROUNDING) else None
   except Exception:
     return None
-  found = {_names(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(images)[0]}
-  image = found.get(keys, ())
-  return tuple(lengths.index(n) for n in image) if sorted(image) == list(lengths) else None
 
 
 def _names(keys: tuple[Any, ...]) -> Path:

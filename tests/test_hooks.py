@@ -169,8 +169,19 @@ def test_a_transposed_kernel(n, use_bias, mutable):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
 
 
+@jax.custom_vjp
+def binary(a):
+  return jnp.sign(a)
+
+
+# The straight-through estimator.
+binary.defvjp(lambda a: (jnp.sign(a), None), lambda _, g: (g,))
+
+
 @pytest.mark.parametrize(
-  "function", [lambda a: a, lambda a: 2 * a, lambda a: a.astype(jnp.bfloat16).astype(a.dtype)]
+  "function",
+  [lambda a: a, lambda a: a.astype(jnp.bfloat16).astype(a.dtype), lambda a: a + 1, binary],
+  ids=["same", "cast", "added to", "quantized"],
 )
 def test_a_function_that_keeps_the_axes(function):
   x, model = uniform(8, 5), Mapped(4, function, use_bias=True)
@@ -183,16 +194,30 @@ def test_a_function_that_keeps_the_axes(function):
 
 @pytest.mark.parametrize(
   "function",
-  [lambda a: (a + a.T) / 2, lambda a: a @ jnp.eye(5), lambda a: a.reshape(-1).reshape(5, 5)],
-  ids=["symmetric", "rotated", "reshaped"],
+  [
+    lambda a: (a + a.T) / 2,
+    lambda a: a @ jnp.eye(5),
+    lambda a: a.reshape(-1).reshape(5, 5),
+    lambda a: 0.5 * a,
+    lambda a: a * a.shape[0] ** -0.5,
+    lambda a: a / jnp.linalg.norm(a, axis=0, keepdims=True),
+    lambda a: a[::-1],
+  ],
+  ids=["symmetric", "rotated", "reshaped", "scaled", "by fan-in", "normalized", "reversed"],
 )
-def test_a_function_that_mixes_the_axes_is_refused(function):
+def test_a_function_of_the_values_is_refused(function):
   x, model = uniform(8, 5), Mapped(5, function)
   with pytest.raises(ValueError, match=r"layer/kernel: nn.map_variables computes its kernel"):
     bnp_optax.linen.layers(model, x, strict=True)
   params, tx = init(model, x), bnp_optax.scale_by_bnp()
   with pytest.raises(ValueError, match=r"No statistics for layer: nn.map_variables computes"):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
+
+
+def test_a_function_that_scales_the_bias_is_refused():
+  x, model = uniform(8, 5), Mapped(4, lambda a: 2 * a if a.ndim == 1 else a, use_bias=True)
+  with pytest.raises(ValueError, match=r"layer/kernel: .* or changes its bias"):
+    bnp_optax.linen.layers(model, x, strict=True)
 
 
 @pytest.mark.parametrize("first", ["plain", "mapped"])
