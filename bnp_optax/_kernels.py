@@ -38,7 +38,7 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
   """Return the layers whose kernels are in a tree of parameters or gradients.
 
   Raises:
-    ValueError: If a kernel is not that of a linear layer, or if its bias is masked out.
+    ValueError: If a kernel is not that of a linear layer, or if its bias is missing.
   """
   named = flatten(tree, optax.MaskedNode)
   leaves = [leaf for _, leaf in named]
@@ -59,6 +59,10 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
       f'"params" collection itself to this transformation{level}. A key of layers= is a tuple of '
       "names."
     )
+  biased = layouts.with_bias if isinstance(layouts, Layers) else frozenset()
+  for path in biased.intersection(missing):
+    if layouts is not None and (*path[:-1], layouts[path].bias) in index:
+      raise ValueError(_split_layer(layer_path(path), "bias", "kernel"))
   layers = []
   for path, i in index.items():
     if not path or (path[-1] != "kernel" if layouts is None else path not in layouts):
@@ -71,7 +75,7 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
       if bias is not None and not is_masked(bias):
         raise ValueError(_split_layer(where, "bias", "kernel"))
       continue
-    if is_masked(bias):
+    if is_masked(bias) or (bias is None and path in biased):
       raise ValueError(_split_layer(where, "kernel", "bias"))
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
       raise ValueError(
@@ -156,6 +160,6 @@ def show_paths(paths: Iterable[Path]) -> str:
 
 def _split_layer(path: Path, present: str, masked: str) -> str:
   return (
-    f"Layer {show_path(path)}: its {present} is given to BNP, its {masked} is masked out. BNP "
-    "updates a layer's kernel and bias together: mask both or neither."
+    f"Layer {show_path(path)}: its {present} is given to BNP, its {masked} is masked or left out. "
+    "BNP updates a layer's kernel and bias together: give it both or neither."
   )

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import math
 
 from bnp_optax._layout import KernelLayout
 from bnp_optax._trees import Path
@@ -62,6 +63,11 @@ class Layers(Mapping[Path, KernelLayout]):
   @functools.cached_property
   def _layouts(self) -> dict[Path, KernelLayout]:
     return {entry.path: entry.layout for entry in self.entries if entry.layout is not None}
+
+  @functools.cached_property
+  def with_bias(self) -> frozenset[Path]:
+    """The paths of the kernels whose layers have a bias."""
+    return frozenset(x.path for x in self.entries if x.layout and x.size > math.prod(x.shape))
 
   def __getitem__(self, path: Path) -> KernelLayout:
     """Return the layout of the kernel at a path."""

@@ -226,7 +226,7 @@ def call_statistics(
   if inputs.size == 0:
     raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
   if mask is not None:
-    mask = _fit_mask(mask, name, inputs.shape, leading)
+    mask = _fit_mask(mask, name, call)
   if examples is None:
     examples = math.prod(example_shape)
     if mask is not None:
@@ -247,20 +247,21 @@ def call_statistics(
   return dataclasses.replace(statistics, layout=call.layout)
 
 
-def _fit_mask(
-  mask: jax.Array, name: str, shape: tuple[int, ...], leading: tuple[int, ...]
-) -> jax.Array:
+def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
   """Return a mask without the axes that the inputs of a layer lack: a position counts if any does.
 
   Raises:
     ValueError: If neither the mask nor the leading shape of the inputs begins with the other.
   """
+  leading = call.leading
   common = min(mask.ndim, len(leading))
   if mask.shape[:common] != leading[:common]:
+    exact = call.layout.exact_windows
+    inputs = "windows, those of exact_windows=True, of" if exact else "inputs of"
     raise ValueError(
-      f"Layer {name}: the mask of shape {mask.shape} does not fit its inputs of shape {shape}. It "
-      "must be the leading shape of the inputs, or begin with it. Give the layers their own masks "
-      'by the prefixes of their paths, as in mask={"encoder": mask, "decoder": None} (Linen), or '
-      "call the layer within its own sow_statistics context."
+      f"Layer {name}: the mask of shape {mask.shape} does not fit its {inputs} shape "
+      f"{call.inputs.shape}. It must be their leading shape, or begin with it. Give the layers "
+      'their own masks by the prefixes of their paths, as in mask={"encoder": mask, "decoder": '
+      "None} (Linen), or call the layer within its own sow_statistics context."
     )
   return jnp.any(mask, tuple(range(common, mask.ndim)))

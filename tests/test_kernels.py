@@ -10,6 +10,7 @@ import pytest
 import bnp_optax
 from bnp_optax import KernelLayout
 from bnp_optax._kernels import choose_layer, find_layers
+from tests import problems
 from tests.problems import raises
 
 
@@ -44,7 +45,7 @@ def test_a_mapping_names_every_kernel(key):
 
 def test_the_table_of_a_model_serves_for_a_part_of_it():
   layouts = bnp_optax.linen.layers(nn.Sequential([nn.Dense(4), nn.Dense(3)]), jnp.ones((2, 5)))
-  (layer,) = find_layers({"layers_1": {"kernel": jnp.ones((4, 3))}}, layouts)
+  (layer,) = find_layers({"layers_1": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}, layouts)
   assert layer.path == ("layers_1", "kernel")
 
 
@@ -135,7 +136,12 @@ def test_a_mask_that_separates_kernel_and_bias(mlp, away):
     lambda path, _: path != (jax.tree_util.DictKey("first"), jax.tree_util.DictKey(away)), params
   )
   tx = optax.masked(bnp_optax.scale_by_bnp(), mask)
-  raises(rf"Layer first: .* its {away} is masked out.*mask both or neither", tx.init, params)
+  expected = rf"Layer first: .* its {away} is masked or left out.*give it both or neither"
+  raises(expected, tx.init, params)
+  # As where nnx.Optimizer(wrt=...) selects parameters.
+  layers = bnp_optax.linen.layers(problems.MLP(), jnp.ones((8, 5)))
+  part = {**params, "first": {k: x for k, x in params["first"].items() if k != away}}
+  raises(expected, bnp_optax.scale_by_bnp(layers=layers).init, part)
 
 
 def test_complex_kernels():

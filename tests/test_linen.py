@@ -355,6 +355,15 @@ def test_a_mask_that_does_not_fit():
     sow(model, params, x, context={"mask": jnp.ones((3, 5), bool)})
 
 
+def test_a_mask_that_does_not_fit_windows():
+  x, model = uniform(4, 9, 2), nn.Conv(3, (3,), strides=2)
+  context = {"mask": jnp.ones((4, 9), bool), "exact_windows": True}
+  with pytest.raises(
+    ValueError, match=r"windows, those of exact_windows=True, of shape \(4, 5, 6\)"
+  ):
+    sow(model, init(model, x), x, context=context)
+
+
 class Graph(nn.Module):
   """A network of nodes and edges, each with padding, with the positions folded into one axis."""
 
