@@ -104,11 +104,11 @@ class Lanes(NamedTuple):
 
 
 class Steps(NamedTuple):
-  """The steps `first` to `last` (excluded) of an epoch; epochs count from 1."""
+  """A number of steps of an epoch, from the step `first` on; epochs count from 1."""
 
   epoch: int | jax.Array
   first: int | jax.Array
-  last: int | jax.Array
+  length: int | jax.Array
 
 
 class LaneState(NamedTuple):
@@ -214,8 +214,9 @@ def take_steps(
 ) -> tuple[LaneState, jax.Array]:
   """Take steps of one run inside the compiled program.
 
-  The bounds of the steps are traced, so that any number of steps runs in one compiled program. The
-  examples are arguments, because a program that closes over them takes long to compile.
+  If the number of steps is traced, any number runs in one compiled program, but an accelerator asks
+  the host after each step whether to go on. The examples are arguments, because a program that
+  closes over them takes long to compile.
 
   Args:
     setup: The setup of the training.
@@ -229,35 +230,35 @@ def take_steps(
     The state of the run after these steps, and the sum over the steps of its training loss.
   """
 
-  def step(number: jax.Array, carry: tuple[LaneState, jax.Array]) -> tuple[LaneState, jax.Array]:
+  def step(i: jax.Array, carry: tuple[LaneState, jax.Array]) -> tuple[LaneState, jax.Array]:
     state, loss_sum = carry
+    number = steps.first + i
     start = number * setup.batch_size
     indices = jax.lax.dynamic_slice(order, (start,), (setup.batch_size,))
     batch = Examples(examples.images[indices], examples.labels[indices])
     state, loss = _step(setup, state, lane, steps.epoch, number, batch)
     return state, loss_sum + loss
 
-  return jax.lax.fori_loop(steps.first, steps.last, step, (state, jnp.zeros(())))
+  return jax.lax.fori_loop(0, steps.length, step, (state, jnp.zeros(())))
 
 
-@functools.partial(jax.jit, static_argnames="setup", donate_argnames="state")
-def _take_steps_of_lanes(
+@functools.partial(jax.jit, static_argnames=("setup", "length"), donate_argnames="state")
+def _take_steps(
   setup: Setup,
+  length: int,
   state: LaneState,
-  lanes: Lanes,
+  lanes: Lanes | Lane,
   order: jax.Array,
-  steps: Steps,
+  epoch: int,
+  first: int,
   examples: Examples,
 ) -> tuple[LaneState, jax.Array]:
-  """Call `take_steps` for a stack of lanes, whose buffers are donated."""
+  """Call `take_steps` for one lane, or a stack of them, whose buffers are donated."""
 
   def take(state: LaneState, lane: Lane, order: jax.Array) -> tuple[LaneState, jax.Array]:
-    return take_steps(setup, state, lane, order, steps, examples)
+    return take_steps(setup, state, lane, order, Steps(epoch, first, length), examples)
 
-  return jax.vmap(take)(state, Lane(*lanes), order)
-
-
-_take_steps_of_one = jax.jit(take_steps, static_argnames="setup", donate_argnames="state")
+  return (jax.vmap(take) if setup.stacked else take)(state, Lane(*lanes), order)
 
 
 def take_steps_in_turn(
@@ -276,7 +277,7 @@ def take_steps_in_turn(
   split = jax.NamedSharding(mesh, jax.P("batch"))
   everywhere = jax.NamedSharding(mesh, jax.P())
   state, lane, loss_sum = jax.device_put((state, lane, jnp.zeros(())), everywhere)
-  for number in range(int(steps.first), int(steps.last)):
+  for number in range(int(steps.first), int(steps.first + steps.length)):
     indices = order[number * setup.batch_size : (number + 1) * setup.batch_size]
     batch = jax.device_put(Examples(examples.images[indices], examples.labels[indices]), split)
     state, loss_sum = _take_step(
@@ -330,31 +331,37 @@ def train_epoch(
   # Summed in double precision: there may be tens of thousands of steps.
   loss_sum = np.zeros(count)
   if setup.stacked:
-    for first, last in _strides(setup.steps, _IMAGES_A_CALL // (setup.batch_size * count)):
-      steps = Steps(epoch, first, last)
-      state, losses = _take_steps_of_lanes(setup, state, lanes, order, steps, examples)
+    for first, steps in _strides(setup.steps, _IMAGES_A_CALL // (setup.batch_size * count)):
+      state, losses = _take_steps(setup, steps, state, lanes, order, epoch, first, examples)
       loss_sum += np.asarray(losses, np.float64)
-      on_steps(count * (last - first))
+      on_steps(count * steps)
     return state, loss_sum / setup.steps
-  if isinstance(examples.images, jax.Array):
-    take, stride = _take_steps_of_one, _IMAGES_A_CALL // setup.batch_size
-  else:
-    take, stride, order = take_steps_in_turn, _STEPS_AHEAD, np.asarray(order)
+  on_device = isinstance(examples.images, jax.Array)
+  stride = _IMAGES_A_CALL // setup.batch_size if on_device else _STEPS_AHEAD
   trained = []
-  for number in range(count):
-    alone = jax.tree.map(lambda leaf, number=number: leaf[number], state)
-    for first, last in _strides(setup.steps, stride):
-      steps = Steps(epoch, first, last)
-      alone, losses = take(setup, alone, lanes.lane(number), order[number], steps, examples)
-      loss_sum[number] += float(losses)
-      on_steps(last - first)
+  for number, lane_order in enumerate(order if on_device else np.asarray(order)):
+    alone, lane = jax.tree.map(lambda leaf, number=number: leaf[number], state), lanes.lane(number)
+    for first, steps in _strides(setup.steps, stride):
+      if on_device:
+        alone, loss = _take_steps(setup, steps, alone, lane, lane_order, epoch, first, examples)
+      else:
+        taken = Steps(epoch, first, steps)
+        alone, loss = take_steps_in_turn(setup, alone, lane, lane_order, taken, examples)
+      loss_sum[number] += float(loss)
+      on_steps(steps)
     trained.append(jax.device_put(alone, jax.devices()[0]))
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trained), loss_sum / setup.steps
 
 
-def _strides(steps: int, stride: int) -> list[tuple[int, int]]:
-  stride = max(1, stride)
-  return [(first, min(first + stride, steps)) for first in range(0, steps, stride)]
+def _strides(steps: int, longest: int) -> list[tuple[int, int]]:
+  """Divide the steps of an epoch: the first step and the number of steps of each part.
+
+  Parts of equal length share a compiled program. Up to twice as many parts are made for that.
+  """
+  least = -(-steps // max(1, longest))
+  parts = next((n for n in range(least, 2 * least + 1) if steps % n == 0), least)
+  size = -(-steps // parts)
+  return [(first, min(size, steps - first)) for first in range(0, steps, size)]
 
 
 def as_inputs(images: Any) -> jax.Array:

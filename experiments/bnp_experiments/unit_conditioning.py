@@ -47,8 +47,7 @@ def trace(
       measured["steps"].append((epoch - 1) * setup.steps + first)
       for name, value in _measure(setup, state, examples.images[batch]).items():
         measured.setdefault(name, []).append(value)
-      last = min(first + _STEPS_APART, setup.steps)
-      steps = training.Steps(epoch, first, last)
+      steps = training.Steps(epoch, first, min(_STEPS_APART, setup.steps - first))
       state, _ = take_steps(setup, state, lanes.lane(0), order, steps, examples)
   return measured
 

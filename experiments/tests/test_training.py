@@ -83,6 +83,16 @@ def test_reports_its_steps_and_stops_at_whole_batches(images):
   assert sum(steps) == 3 * (50 // BATCH_SIZE)
 
 
+@pytest.mark.parametrize(
+  ("steps", "longest", "sizes"),
+  [(351, 234, [117] * 3), (703, 400, [352, 351]), (4, 0, [1] * 4), (88, 100, [88])],
+)
+def test_parts_of_an_epoch_are_equal_where_few_make_them_so(steps, longest, sizes):
+  parts = training._strides(steps, longest)
+  assert [size for _, size in parts] == sizes
+  assert [first for first, _ in parts] == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
 def test_evaluates_more_images_than_fit_at_once(images):
   setup = _setup(methods.SGD, images)
   state, _ = _train(setup, [1, 2, 3], [0.1, 0.2, 0.3], images)
