@@ -1,5 +1,7 @@
 """P, its transpose and its inverse against explicit matrices, on random canonical layers."""
 
+import functools
+
 import chex
 from hypothesis import given
 from hypothesis import strategies as st
@@ -173,3 +175,16 @@ def test_the_guard_of_each_map_of_a_stack(lag, expected):
   mu_H = jnp.zeros((2, 1, 3)).at[1, 0, 0].set(lag)
   p = _preconditioner.guard_against_lag(p, mu_H, 1, 30 * one, jnp.asarray(2.0))
   np.testing.assert_allclose(p.guard.ravel(), [1, expected], rtol=1e-14)
+
+
+def test_the_variance_of_a_constant_is_not_the_largest():
+  mu = jnp.asarray([[[1e3, -1e3, 0.0, 2.0]]], jnp.float32)
+  eps = jnp.finfo(jnp.float32).eps
+  rounding = (jnp.asarray([7, 9], jnp.float32) * 1e3 * eps) ** 2
+  sigma2 = jnp.concatenate([rounding, jnp.asarray([0.0, 1e-9], jnp.float32)])[None, None]
+  np.testing.assert_array_equal(
+    _preconditioner.varies(mu, sigma2)[0, 0], [False, True, False, True]
+  )
+  find = functools.partial(_preconditioner.find_largest, mu[..., ::3], sigma2[..., ::3])
+  assert find(debias=True) == jnp.float32(1e-9)
+  assert find(debias=False) == rounding[0]
