@@ -207,10 +207,9 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
       "leave them out there"
     )
   for transform in reversed(_outer.get()):
-    axes = bias_axes = ()
-    if not isinstance(transform, _Lifted):
-      axes = transform(path)
-      bias_axes = transform((*path[:-1], call.layout.bias)) if biased else ()
+    if isinstance(transform, _Lifted):
+      continue
+    axes, bias_axes = transform(path), transform((*path[:-1], call.layout.bias)) if biased else ()
     kept = bias_axes is not None and bias_axes == tuple(range(len(bias_axes)))
     if axes is None or not kept or (axes and len(axes) != call.layout.ndim):
       problem = problem or (
@@ -240,20 +239,21 @@ def _mapped_axes(
   lengths = tuple(range(2, 2 + parameter.ndim))
 
   def image_of(parameter: jax.Array) -> jax.Array:
-    values = [jnp.ones(leaf.shape, leaf.dtype) for _, leaf in leaves]
+    # Not 1: the factors of a kernel would not show.
+    values = [jnp.full(leaf.shape, 3, leaf.dtype) for _, leaf in leaves]
     values[index] = parameter
     images = jax.tree_util.tree_flatten_with_path(function(treedef.unflatten(values)))[0]
     return {_names(p): leaf for p, leaf in images}[keys]
 
   try:
     with jax.ensure_compile_time_eval():
-      probe = jnp.asarray(np.random.default_rng(0).uniform(1, 3, lengths), parameter.dtype)
+      probe = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, lengths), parameter.dtype)
       image = jax.eval_shape(image_of, probe)
       axes = tuple(lengths.index(n) for n in image.shape)
       gradient = probe.transpose(axes).astype(image.dtype)
       # Compiled, so that the other variables, which may be large, are not computed.
       (gradient,) = jax.jit(lambda x, y: jax.vjp(image_of, x)[1](y))(probe, gradient)
-      return axes if jnp.allclose(gradient, probe, rtol=_ROUNDING) else None
+      return axes if jnp.allclose(gradient, probe, rtol=_ROUNDING, atol=0) else None
   except Exception:
     return None
 

@@ -71,16 +71,15 @@ def update_debiased_statistics(
   return _towards(mu, mu_H, K), _towards(sigma2, sigma2_H, K) + K * (1 - K) * d * d, W
 
 
-def varies(mu: jax.Array, sigma2: jax.Array) -> jax.Array:
-  """Return whether the variance of inputs is more than the rounding of their mean."""
-  return sigma2 > (8 * jnp.finfo(mu.dtype).eps * mu) ** 2
+def varies(mu: jax.Array, sigma2: jax.Array, epsilon: float) -> jax.Array:
+  """Return whether a variance is more than the rounding of inputs as large as ``mu``."""
+  return sigma2 > (8 * epsilon * mu) ** 2
 
 
-def find_largest(mu: jax.Array, sigma2: jax.Array, *, debias: bool) -> jax.Array:
-  """Return the largest variance of each linear map, with ``debias`` that of inputs that vary."""
-  # Without the initial variance of 1, the variance of a constant is rounding alone.
-  sigma2 = jnp.where(varies(mu, sigma2), sigma2, 0) if debias else sigma2
-  return jnp.max(sigma2, axis=(1, 2), keepdims=True)
+def find_largest(mu: jax.Array, sigma2: jax.Array, epsilon: float) -> jax.Array:
+  """Return the largest variance of each linear map; 0 if it is rounding, where epsilon is not 0."""
+  size, largest = (jnp.max(x, axis=(1, 2), keepdims=True) for x in (jnp.abs(mu), sigma2))
+  return jnp.where(varies(size, largest, epsilon), largest, 0)
 
 
 def make_preconditioner(
@@ -95,13 +94,14 @@ def make_preconditioner(
 ) -> Preconditioner:
   """Take step 3: compute sigma-tilde and q from the running statistics and the batch size.
 
-  Inputs that have not varied, such as a first single row, have a ``sigma-tilde`` of 1, which is not
-  in the paper. ``largest`` is that of `find_largest`, where it has been computed already.
+  Inputs that have not varied, such as a first single row, have a ``sigma-tilde`` of at least 1,
+  which is not in the paper. ``largest`` is that of `find_largest`, if it is computed already.
   """
   if largest is None:
-    largest = find_largest(mu, sigma2, debias=False)
+    largest = find_largest(mu, sigma2, 0.0)
+  sigma = jnp.sqrt(sigma2 + eps_1 * largest + eps_2)
   # z_w is then rounding alone. Division by sqrt(eps_2) would multiply it, and Adam by far more.
-  sigma = jnp.where(largest > 0, jnp.sqrt(sigma2 + eps_1 * largest + eps_2), 1)
+  sigma = jnp.where(largest > 0, sigma, jnp.maximum(sigma, 1))
   q2 = jnp.maximum(window * mu.shape[-1] / examples, jnp.sqrt(positions))
   return Preconditioner(mu, sigma, jnp.sqrt(q2))
 

@@ -170,7 +170,7 @@ def statistics_reporter(
     if exclude is not None and exclude(module, call.inputs):
       return None
     path = locate(module, call)
-    name, mask = show_path(path), masks.of_layer(path)
+    name, mask = show_path(path), masks.of_layer((*path, call.kernel))
     statistics = call_statistics(call, name, examples, example_axes, mask, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
@@ -192,9 +192,9 @@ def check_examples(examples: int | jax.Array | None, example_axes: int) -> None:
   """Raise ValueError if a number of examples or of their axes is out of range."""
   known = isinstance(examples, int | float | np.number)
   valid = examples >= 1 if known else examples is None or hasattr(examples, "dtype")
-  if not valid or example_axes < 0:
+  if not valid or np.ndim(examples) or example_axes < 0:  # pyright: ignore[reportArgumentType]
     raise ValueError(
-      "examples= must be at least 1 and example_axes= at least 0, got "
+      "examples= must be a number of at least 1 and example_axes= at least 0, got "
       f"{examples!r} and {example_axes}."
     )
 
@@ -256,11 +256,10 @@ def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
   leading = call.leading
   common = min(mask.ndim, len(leading))
   if mask.shape[:common] != leading[:common]:
-    exact = call.layout.exact_windows
-    inputs = "windows, those of exact_windows=True, of" if exact else "inputs of"
+    exact = " windows, those of exact_windows=True," if call.layout.exact_windows else " inputs"
     raise ValueError(
-      f"Layer {name}: the mask of shape {mask.shape} does not fit its {inputs} shape "
-      f"{call.inputs.shape}. It must be their leading shape, or begin with it. Give the layers "
+      f"Layer {name}: the mask of shape {mask.shape} does not fit its{exact} of "
+      f"shape {call.inputs.shape}. It must be their leading shape, or begin with it. Give layers "
       'their own masks by the prefixes of their paths, as in mask={"encoder": mask, "decoder": '
       "None} (Linen), or call the layer within its own sow_statistics context."
     )

@@ -180,17 +180,18 @@ class RunningStatistics:
     nonfinite = state.nonfinite_count
     for layer, batch in zip(layers, batches, strict=True):
       i = layer.kernel
-      batch = jax.tree.map(lambda x, dtype=mean[i].dtype: replicated(x).astype(dtype), batch)
+      batch = jax.tree.map(replicated, batch)
       old = [field[i] for field in fields]
       new = self._advance(layer, *old, batch=batch)
       shape = leaves[i].shape
-      finite, largest = _check(layer.layout, shape, new[:2], old[:2], debias=self.debias)
+      eps = max(float(jnp.finfo(x.dtype).eps) for x in (mean[i], batch.total))
+      finite, largest = _check(layer.layout, shape, new[:2], old[:2], eps if self.debias else 0.0)
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
       for field, x, y in zip(fields, new, old, strict=True):
         field[i] = jnp.where(finite, x, y)
-      preconditioners.append(
-        self._make_preconditioner(layer, shape, mean[i], variance[i], largest, batch)
-      )
+      options = self.eps_relative, self.eps_absolute, self.lag_guard, largest
+      p = make_layer_preconditioner(layer, shape, mean[i], variance[i], batch, *options)
+      preconditioners.append(p if self.scale_layers else p._replace(q=jnp.ones_like(p.q)))
     new_state = ScaleByBnpState(
       count=optax.safe_increment(state.count),
       input_mean=treedef.unflatten(mean),
@@ -212,51 +213,48 @@ class RunningStatistics:
     """Take step 2 for one layer."""
     if layer.bias is None:
       # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
-      mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square
+      mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square.astype(mu.dtype)
     else:
-      mu_H, sigma2_H = batch.mean, batch.variance
+      mu_H, sigma2_H = batch.mean.astype(mu.dtype), batch.variance.astype(mu.dtype)
     # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
     one_minus_rho = jnp.asarray(1 - self.decay, mu.dtype)
     if W is None:
-      rows = batch.rows[..., None]
+      rows = batch.rows[..., None].astype(mu.dtype)
       return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
     return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
-  def _make_preconditioner(
-    self,
-    layer: Layer,
-    shape: tuple[int, ...],
-    mu: jax.Array,
-    sigma2: jax.Array,
-    largest: jax.Array,
-    batch: LayerStatistics,
-  ) -> Preconditioner:
-    """Take step 3 for one layer whose kernel has a shape."""
-    layout, window = layer.layout, layer.layout.window_size(shape)
-    examples = jnp.maximum(batch.examples, 1)[..., None]
-    rows = batch.rows[..., None]
-    p = _preconditioner.make_preconditioner(
-      layout.statistics_to_canonical(mu, shape),
-      layout.statistics_to_canonical(sigma2, shape),
-      window,
-      layout.scalars_to_canonical(examples),
-      layout.scalars_to_canonical(rows / examples),
-      jnp.asarray(self.eps_relative, mu.dtype),
-      jnp.asarray(self.eps_absolute, mu.dtype),
-      largest,
-    )
-    if not self.scale_layers:
-      p = p._replace(q=jnp.ones_like(p.q))
-    # Without a bias nothing is centred, so that no mean can lag.
-    if self.lag_guard is None or layer.bias is None:
-      return p
-    return _preconditioner.guard_against_lag(
-      p,
-      layout.statistics_to_canonical(batch.mean, shape),
-      window,
-      layout.scalars_to_canonical(rows),
-      jnp.asarray(self.lag_guard, mu.dtype),
-    )
+
+def make_layer_preconditioner(
+  layer: Layer,
+  shape: tuple[int, ...],
+  mean: jax.Array,
+  variance: jax.Array,
+  batch: LayerStatistics,
+  eps_relative: ArrayLike,
+  eps_absolute: ArrayLike,
+  lag_guard: ArrayLike | None,
+  largest: jax.Array,
+) -> Preconditioner:
+  """Take step 3 for one layer whose kernel has a shape; `largest` is that of `find_largest`."""
+  layout, window, dtype = layer.layout, layer.layout.window_size(shape), mean.dtype
+  examples = jnp.maximum(batch.examples, 1)[..., None].astype(dtype)
+  rows = batch.rows[..., None].astype(dtype)
+  p = _preconditioner.make_preconditioner(
+    layout.statistics_to_canonical(mean, shape),
+    layout.statistics_to_canonical(variance, shape),
+    window,
+    layout.scalars_to_canonical(examples),
+    layout.scalars_to_canonical(rows / examples),
+    jnp.asarray(eps_relative, dtype),
+    jnp.asarray(eps_absolute, dtype),
+    largest,
+  )
+  # Without a bias nothing is centred, so that no mean can lag.
+  if lag_guard is None or layer.bias is None:
+    return p
+  mu_H = layout.statistics_to_canonical(batch.mean.astype(dtype), shape)
+  rows, c = layout.scalars_to_canonical(rows), jnp.asarray(lag_guard, dtype)
+  return _preconditioner.guard_against_lag(p, mu_H, window, rows, c)
 
 
 def _check(
@@ -264,8 +262,7 @@ def _check(
   shape: tuple[int, ...],
   new: Sequence[jax.Array],
   old: Sequence[jax.Array],
-  *,
-  debias: bool,
+  epsilon: float,
 ) -> Any:
   """Check that a new mean and variance are finite, and find the largest variance.
 
@@ -273,9 +270,9 @@ def _check(
     Whether they are finite, and the largest variance: the old one if they are not.
   """
 
-  def find_largest(*mean_and_variance: jax.Array) -> jax.Array:
-    canonical = [layout.statistics_to_canonical(x, shape) for x in mean_and_variance]
-    return _preconditioner.find_largest(*canonical, debias=debias)
+  def find_largest(mean: jax.Array, variance: jax.Array) -> jax.Array:
+    mu, sigma2 = (layout.statistics_to_canonical(x, shape) for x in (mean, variance))
+    return _preconditioner.find_largest(mu, sigma2, epsilon)
 
   def check_first(new: Sequence[jax.Array], old: Sequence[jax.Array]) -> Any:
     finite = jnp.all(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), axis=-1, keepdims=True)

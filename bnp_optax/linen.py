@@ -87,9 +87,9 @@ def sow_statistics(
     (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
 
   Args:
-    examples: Number of examples that the loss is a mean over, an integer or an array, the same for
-      every layer; with `axis_name`, the number in one part. None to count the leading axes of each
-      layer's inputs, which must then agree.
+    examples: Number of examples that the loss is a mean over, an integer or a scalar array, the
+      same for every layer; with `axis_name`, the number in one part. None to count the leading axes
+      of each layer's inputs, which must then agree, without the examples that its mask leaves out.
     example_axes: Number of leading axes that count examples in the loss: 1 for a mean over
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.

@@ -178,6 +178,77 @@ def test_rows_that_start_alike_do_not_multiply_rounding(rows):
     assert jnp.max(jnp.abs(updates[name]["kernel"])) <= 0.1
 
 
+def test_equal_rows_in_batches_of_different_sizes():
+  """Their products differ by rounding, which exceeds that of a mean where terms cancel."""
+  row = jax.random.normal(jax.random.key(0), (784,))
+  frozen, head = nn.Dense(100), nn.Dense(10)
+  hidden = frozen.init(jax.random.key(1), row)
+  inputs = jax.jit(lambda x: nn.relu(frozen.apply(hidden, x)))
+  params = head.init(jax.random.key(2), jnp.ones(100))["params"]
+  tx = bnp_optax.bnp(optax.sign_sgd(1e-3))
+  state = tx.init(params)
+
+  @jax.jit
+  def step(state, x):
+    def loss_fn(params):
+      with bnp_optax.linen.sow_statistics():
+        y, aux = head.apply({"params": params}, x, mutable=["intermediates"])
+      return jnp.mean((y - 1) ** 2), aux["intermediates"]
+
+    grads, stats = jax.grad(loss_fn, has_aux=True)(params)
+    return tx.update(grads, state, params, stats=stats)
+
+  for rows in (1, 64, 3, 1, 4):
+    updates, state = step(state, inputs(jnp.broadcast_to(row, (rows, 784))))
+    assert jnp.max(jnp.abs(updates["kernel"])) <= 1e-3
+  assert jnp.any(state.statistics.input_variance["kernel"] > 0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_inputs_whose_deviation_is_near_their_rounding(scale):
+  """As a Unix timestamp of some minutes."""
+  x = scale * 2e6 + scale * np.random.default_rng(0).normal(size=(64, 1))
+  x = jnp.asarray(x, jnp.float32)
+  y = (x - jnp.mean(x)) / jnp.std(x)
+  params = {"kernel": jnp.zeros((1, 1)), "bias": jnp.zeros(1)}
+  tx = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1))
+
+  @jax.jit
+  def step(params, state):
+    def loss_fn(params):
+      with bnp_optax.linen.sow_statistics():
+        out, aux = nn.Dense(1).apply({"params": params}, x, mutable=["intermediates"])
+      return jnp.mean((out - y) ** 2), aux["intermediates"]
+
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = tx.update(grads, state, params, stats=stats)
+    return optax.apply_updates(params, updates), state, loss
+
+  state, losses = tx.init(params), []
+  for _ in range(20):
+    params, state, loss = step(params, state)
+    losses.append(loss)
+  assert losses[-1] < 0.2 * losses[0]
+
+
+def test_float64_parameters_with_float32_inputs():
+  with jax.enable_x64(True):
+    x = 1e3 + np.random.default_rng(0).normal(size=(64, 3))
+    x = x.astype(np.float32)
+    params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    stats = {"layer_statistics": bnp_optax.layer_statistics(x, examples=64, rows=64)}
+    tx = bnp_optax.scale_by_bnp()
+    _, state = tx.update(params, tx.init(params), stats=stats)
+    variance = state.input_variance["kernel"]
+    assert variance.dtype == np.float64
+    np.testing.assert_allclose(variance, np.var(x.astype(np.float64), axis=0), rtol=1e-6)
+    equal = np.full((7, 3), 0.1, np.float32)
+    stats = {"layer_statistics": bnp_optax.layer_statistics(equal, examples=7, rows=7)}
+    updates, _ = tx.update(params, tx.init(params), stats=stats)
+    # With sigma-tilde of 1.
+    np.testing.assert_allclose(updates["kernel"], 1 - np.float32(0.1), rtol=1e-6)
+
+
 def test_micro_batches_equal_one_batch(problem):
   params, grads, stats = problem
   x = np.random.default_rng(1).normal(3, 2, (12, 5)).astype(np.float32)

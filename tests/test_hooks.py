@@ -202,8 +202,13 @@ def test_a_function_that_keeps_the_axes(function):
     lambda a: a * a.shape[0] ** -0.5,
     lambda a: a / jnp.linalg.norm(a, axis=0, keepdims=True),
     lambda a: a[::-1],
+    lambda a: jnp.where(jnp.abs(a) > 0.5, a, 0),
+    jnp.abs,
   ],
-  ids=["symmetric", "rotated", "reshaped", "scaled", "by fan-in", "normalized", "reversed"],
+  ids=[
+    *("symmetric", "rotated", "reshaped", "scaled", "by fan-in", "normalized", "reversed"),
+    *("pruned", "absolute"),
+  ],
 )
 def test_a_function_of_the_values_is_refused(function):
   x, model = uniform(8, 5), Mapped(5, function)
@@ -212,6 +217,30 @@ def test_a_function_of_the_values_is_refused(function):
   params, tx = init(model, x), bnp_optax.scale_by_bnp()
   with pytest.raises(ValueError, match=r"No statistics for layer: nn.map_variables computes"):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
+
+
+def test_a_parameter_that_scales_the_kernel_is_refused():
+  class Gained(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      self.param("gain", nn.initializers.ones, ())
+      return nn.Dense(4, name="layer")(x)
+
+  def scale(variables):
+    params = variables["params"]
+    layer = {**params["layer"], "kernel": params["gain"] * params["layer"]["kernel"]}
+    return {"params": {**params, "layer": layer}}
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      gained = Gained(name="gained")
+      if self.is_initializing():
+        return gained(x)
+      return nn.map_variables(lambda gained, x: gained(x), "params", scale)(gained, x)
+
+  with pytest.raises(ValueError, match=r"gained/layer/kernel: nn.map_variables"):
+    bnp_optax.linen.layers(Model(), uniform(8, 5), strict=True)
 
 
 def test_a_function_that_scales_the_bias_is_refused():

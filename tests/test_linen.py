@@ -403,7 +403,7 @@ def test_a_prefix_without_a_mask():
 
   x, mask = uniform(3, 4, 5), jnp.ones((3, 2), bool).at[0, 0].set(False)
   params = init(Model(), x)
-  for masks in ({"fits": mask}, {"": mask, "other": None}):
+  for masks in ({"fits": mask}, {"": mask, "other": None}, {"fits/kernel": mask}):
     stats = sow(Model(), params, x, context={"mask": masks})
     assert stats["fits"]["layer_statistics"].rows == 5
     assert stats["other"]["layer_statistics"].rows == 12

@@ -1,7 +1,5 @@
 """P, its transpose and its inverse against explicit matrices, on random canonical layers."""
 
-import functools
-
 import chex
 from hypothesis import given
 from hypothesis import strategies as st
@@ -177,14 +175,24 @@ def test_the_guard_of_each_map_of_a_stack(lag, expected):
   np.testing.assert_allclose(p.guard.ravel(), [1, expected], rtol=1e-14)
 
 
-def test_the_variance_of_a_constant_is_not_the_largest():
-  mu = jnp.asarray([[[1e3, -1e3, 0.0, 2.0]]], jnp.float32)
-  eps = jnp.finfo(jnp.float32).eps
-  rounding = (jnp.asarray([7, 9], jnp.float32) * 1e3 * eps) ** 2
-  sigma2 = jnp.concatenate([rounding, jnp.asarray([0.0, 1e-9], jnp.float32)])[None, None]
-  np.testing.assert_array_equal(
-    _preconditioner.varies(mu, sigma2)[0, 0], [False, True, False, True]
+def test_rounding_is_no_variance():
+  """The rounding of the largest mean counts, as a sum that cancels is as inexact as its terms."""
+  eps = float(jnp.finfo(jnp.float32).eps)
+  mu = jnp.asarray([[[-1e3, 0.0]]])
+  for factor, largest in ((7, 0.0), (9, (9e3 * eps) ** 2)):
+    sigma2 = jnp.asarray([[[0.0, (factor * 1e3 * eps) ** 2]]])
+    np.testing.assert_allclose(_preconditioner.find_largest(mu, sigma2, eps), largest)
+    assert _preconditioner.find_largest(mu, sigma2, 0.0) == sigma2[..., 1:]
+    one = jnp.ones((1, 1, 1))
+    p = _preconditioner.make_preconditioner(
+      *(mu, sigma2, 1, one, one, 0.0, 1e-4), largest=jnp.full((1, 1, 1), largest)
+    )
+    np.testing.assert_allclose(p.sigma, 0.01 if largest else 1, rtol=1e-2)
+
+
+def test_inputs_that_do_not_vary_keep_a_deviation_above_1():
+  one = jnp.ones((1, 1, 1))
+  p = _preconditioner.make_preconditioner(
+    *(1e9 * one, 1e6 * one, 1, one, one, 0.01, 1e-4), largest=0 * one
   )
-  find = functools.partial(_preconditioner.find_largest, mu[..., ::3], sigma2[..., ::3])
-  assert find(debias=True) == jnp.float32(1e-9)
-  assert find(debias=False) == rounding[0]
+  np.testing.assert_allclose(p.sigma, 1e3)

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from bnp_optax import _preconditioner
 from bnp_optax._kernels import Layer
+from bnp_optax._running import make_layer_preconditioner
 from bnp_optax._statistics import LayerStatistics
 
 _BISECTIONS = 64
@@ -42,26 +43,18 @@ def layer_values(
     layout.statistics_to_canonical(x.astype(mean.dtype), shape)
     for x in (mean, variance, batch.mean, batch.variance)
   )
-  rows, examples = (
-    layout.scalars_to_canonical(x.astype(mean.dtype)[..., None])
-    for x in (batch.rows, batch.examples)
+  rows = layout.scalars_to_canonical(batch.rows.astype(mean.dtype)[..., None])
+  epsilon = max(float(jnp.finfo(x.dtype).eps) for x in (mean, batch.total))
+  largest = _preconditioner.find_largest(mu, sigma2, epsilon if debias else 0.0)
+  p = make_layer_preconditioner(
+    layer, shape, mean, variance, batch, eps_1, eps_2, lag_guard, largest
   )
-  window = layout.window_size(shape)
-  eps_1, eps_2 = (jnp.asarray(x, mean.dtype) for x in (eps_1, eps_2))
-  examples = jnp.maximum(examples, 1)
-  largest = _preconditioner.find_largest(mu, sigma2, debias=debias)
-  p = _preconditioner.make_preconditioner(
-    mu, sigma2, window, examples, rows / examples, eps_1, eps_2, largest
-  )
-  if lag_guard is not None and bias:
-    c = jnp.asarray(lag_guard, mean.dtype)
-    p = _preconditioner.guard_against_lag(p, mu_H, window, rows, c)
-  copies = window // mu.shape[1]
+  copies = layout.window_size(shape) // mu.shape[1]
   stack = len(mu)
   mu, sigma, mu_H, sigma2_H = (x.reshape(stack, -1) for x in (p.mu, p.sigma, mu_H, sigma2_H))
 
   # The variance of a constant is not 0 but that of its rounding.
-  alive = _preconditioner.varies(mu_H, sigma2_H)
+  alive = _preconditioner.varies(mu_H, sigma2_H, epsilon)
   widest = jnp.max(sigma2_H, axis=-1, where=alive, initial=0)
   narrowest = jnp.min(sigma2_H, axis=-1, where=alive, initial=jnp.inf)
   delta = (mu_H - mu) / sigma
