@@ -59,10 +59,10 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
       f'"params" collection itself to this transformation{level}. A key of layers= is a tuple of '
       "names."
     )
-  biased = layouts.with_bias if isinstance(layouts, Layers) else frozenset()
-  for path in biased.intersection(missing):
-    if layouts is not None and (*path[:-1], layouts[path].bias) in index:
-      raise ValueError(_split_layer(layer_path(path), "bias", "kernel"))
+  for path, bias in layouts.biases.items() if isinstance(layouts, Layers) else ():
+    if (path in index) != (bias in index):
+      parts = ("kernel", "bias") if path in index else ("bias", "kernel")
+      raise ValueError(_split_layer(layer_path(path), *parts))
   layers = []
   for path, i in index.items():
     if not path or (path[-1] != "kernel" if layouts is None else path not in layouts):
@@ -75,7 +75,7 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
       if bias is not None and not is_masked(bias):
         raise ValueError(_split_layer(where, "bias", "kernel"))
       continue
-    if is_masked(bias) or (bias is None and path in biased):
+    if is_masked(bias):
       raise ValueError(_split_layer(where, "kernel", "bias"))
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
       raise ValueError(

@@ -65,9 +65,10 @@ class Layers(Mapping[Path, KernelLayout]):
     return {entry.path: entry.layout for entry in self.entries if entry.layout is not None}
 
   @functools.cached_property
-  def with_bias(self) -> frozenset[Path]:
-    """The paths of the kernels whose layers have a bias."""
-    return frozenset(x.path for x in self.entries if x.layout and x.size > math.prod(x.shape))
+  def biases(self) -> dict[Path, Path]:
+    """The path of the bias of each kernel whose layer has one."""
+    biased = [x for x in self.entries if x.layout and x.size > math.prod(x.shape)]
+    return {x.path: (*x.path[:-1], self[x.path].bias) for x in biased}
 
   def __getitem__(self, path: Path) -> KernelLayout:
     """Return the layout of the kernel at a path."""

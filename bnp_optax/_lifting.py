@@ -31,8 +31,6 @@ from bnp_optax._reporting import Reporter, activate
 from bnp_optax._trees import Path
 
 COLLECTION = "intermediates"
-# Relative error of the gradient of a kernel that is cast.
-_ROUNDING = 0.05
 
 _Active = contextvars.ContextVar[Any]
 
@@ -253,7 +251,8 @@ def _mapped_axes(
       gradient = probe.transpose(axes).astype(image.dtype)
       # Compiled, so that the other variables, which may be large, are not computed.
       (gradient,) = jax.jit(lambda x, y: jax.vjp(image_of, x)[1](y))(probe, gradient)
-      return axes if jnp.allclose(gradient, probe, rtol=_ROUNDING, atol=0) else None
+      # The gradient of a kernel that is cast is rounded.
+      return axes if jnp.allclose(gradient, probe, rtol=0.05, atol=0) else None
   except Exception:
     return None
 

@@ -79,7 +79,7 @@ def varies(mu: jax.Array, sigma2: jax.Array, epsilon: float) -> jax.Array:
 def find_largest(mu: jax.Array, sigma2: jax.Array, epsilon: float) -> jax.Array:
   """Return the largest variance of each linear map; 0 if it is rounding, where epsilon is not 0."""
   size, largest = (jnp.max(x, axis=(1, 2), keepdims=True) for x in (jnp.abs(mu), sigma2))
-  return jnp.where(varies(size, largest, epsilon), largest, 0)
+  return jnp.where(varies(size, largest, epsilon), largest, 0) if epsilon else largest
 
 
 def make_preconditioner(

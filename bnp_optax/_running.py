@@ -264,11 +264,7 @@ def _check(
   old: Sequence[jax.Array],
   epsilon: float,
 ) -> Any:
-  """Check that a new mean and variance are finite, and find the largest variance.
-
-  Returns:
-    Whether they are finite, and the largest variance: the old one if they are not.
-  """
+  """Return whether mean and variance are finite, and the largest variance: the old one if not."""
 
   def find_largest(mean: jax.Array, variance: jax.Array) -> jax.Array:
     mu, sigma2 = (layout.statistics_to_canonical(x, shape) for x in (mean, variance))

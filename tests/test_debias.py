@@ -206,7 +206,7 @@ def test_equal_rows_in_batches_of_different_sizes():
 
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_inputs_whose_deviation_is_near_their_rounding(scale):
-  """As a Unix timestamp of some minutes."""
+  """Such as Unix timestamps within an hour."""
   x = scale * 2e6 + scale * np.random.default_rng(0).normal(size=(64, 1))
   x = jnp.asarray(x, jnp.float32)
   y = (x - jnp.mean(x)) / jnp.std(x)

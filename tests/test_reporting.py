@@ -172,7 +172,7 @@ def test_layers_that_disagree_about_the_number_of_examples():
 @pytest.mark.parametrize("context", [linen.sow_statistics, nnx.sow_statistics])
 def test_numbers_out_of_range(context, options):
   with (
-    pytest.raises(ValueError, match="examples= must be a number"),
+    pytest.raises(ValueError, match="examples= must be a number of at least 1"),
     context(**options),
   ):
     pass

@@ -568,10 +568,10 @@ def test_within_other_contexts_the_layers_report_to_those():
 
 @pytest.mark.parametrize(("examples", "example_axes"), [(0, 1), (4, -1)])
 def test_numbers_out_of_range(examples, example_axes):
-  with pytest.raises(ValueError, match="examples= must be a number"):
+  with pytest.raises(ValueError, match="examples= must be a number of at least 1"):
     bnp_optax.linen.Tapped(nn.Dense(3), examples=examples, example_axes=example_axes)
   model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="examples= must be a number"):
+  with pytest.raises(ValueError, match="examples= must be a number of at least 1"):
     bnp_optax.nnx.Tapped(model, normal(2, 4), examples=examples, example_axes=example_axes)
 
 

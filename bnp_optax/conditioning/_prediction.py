@@ -53,7 +53,6 @@ def layer_values(
   stack = len(mu)
   mu, sigma, mu_H, sigma2_H = (x.reshape(stack, -1) for x in (p.mu, p.sigma, mu_H, sigma2_H))
 
-  # The variance of a constant is not 0 but that of its rounding.
   alive = _preconditioner.varies(mu_H, sigma2_H, epsilon)
   widest = jnp.max(sigma2_H, axis=-1, where=alive, initial=0)
   narrowest = jnp.min(sigma2_H, axis=-1, where=alive, initial=jnp.inf)
