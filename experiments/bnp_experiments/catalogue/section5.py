@@ -213,6 +213,8 @@ FIG5_RIGHT = Experiment(
   ),
   rates=(0.00003, 0.0001, *_CNN_RATES, 0.3),
   epochs=20,
+  # Trials of full length would take longer than the tested runs.
+  selection_epochs=3,
   seeds=5,
   paper_rates={
     "sgd": 1e-3,
@@ -252,6 +254,7 @@ FIG4_RIGHT_CNN = Experiment(
   methods=FIG5_RIGHT.methods,
   rates=FIG5_RIGHT.rates,
   epochs=20,
+  selection_epochs=FIG5_RIGHT.selection_epochs,
   seeds=5,
   paper_rates={"sgd": 1e-3, "four_things": 1e-3, "bnp": 1e-1},
   claims=(
