@@ -176,10 +176,11 @@ def statistics_reporter(
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
       if len(counted) > 1:
         layers = " and ".join(f"{n} in layer {name}" for n, name in counted.items())
+        part = "" if axis_name is None else f", counted in one part along {axis_name!r} alone,"
         raise ValueError(
           f"The layers disagree about the number of examples: {layers}. Pass the number that the "
-          "loss divides by as sow_statistics(examples=...). Call a model whose statistics are not "
-          "passed to update, such as a target network, outside of the context."
+          f"loss divides by{part} as sow_statistics(examples=...). Call a model whose statistics "
+          "are not passed to update, such as a target network, outside of the context."
         )
     return statistics
 
@@ -214,11 +215,7 @@ def call_statistics(
   mask: jax.Array | None,
   axis_name: AxisName | None,
 ) -> LayerStatistics | NoStatistics:
-  """Compute the statistics of one call of the layer called ``name``.
-
-  Raises:
-    ValueError: While tracing, if there are no rows.
-  """
+  """Compute the statistics of one call of the layer called ``name``."""
   if call.problem:
     return NoStatistics(call.kernel, call.problem)
   inputs, leading = call.inputs, call.leading
@@ -248,11 +245,7 @@ def call_statistics(
 
 
 def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
-  """Return a mask without the axes that the inputs of a layer lack: a position counts if any does.
-
-  Raises:
-    ValueError: If neither the mask nor the leading shape of the inputs begins with the other.
-  """
+  """Return a mask without the axes that a layer's inputs lack: a position counts if any does."""
   leading = call.leading
   common = min(mask.ndim, len(leading))
   if mask.shape[:common] != leading[:common]:

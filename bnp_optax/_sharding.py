@@ -16,19 +16,22 @@ def on_auto_axes(function: Callable[..., Any], *like: jax.Array | None) -> Calla
       returned.
   """
   shardings = tuple(None if x is None else _explicit_sharding(x) for x in like)
-  if not any(shardings):
-    return function
-  return jax.sharding.auto_axes(function, out_sharding=shardings)
+  mesh = next((sharding.mesh for sharding in shardings if sharding), None)
+  return function if mesh is None else _auto_axes(function, mesh, shardings)
 
 
-def replicated(x: jax.Array) -> jax.Array:
-  """Return ``x`` on every device if it is on a mesh with Explicit axes, else ``x`` itself."""
+def replicated(x: jax.Array, function: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+  """Return ``function(x)``, on every device if ``x`` is on a mesh with Explicit axes."""
   sharding = _explicit_sharding(x)
   if sharding is None:
-    return x
-  whole = NamedSharding(sharding.mesh, PartitionSpec())
-  copy: Any = jax.sharding.auto_axes(lambda x: x, out_sharding=whole)
-  return copy(x)
+    return function(x)
+  return _auto_axes(function, sharding.mesh, NamedSharding(sharding.mesh, PartitionSpec()))(x)
+
+
+def _auto_axes(function: Callable[..., Any], mesh: Any, out_sharding: Any) -> Callable[..., Any]:
+  # Within shard_map over some of the axes, those are Manual and stay so.
+  explicit = (mesh.axis_names[i] for i, t in enumerate(mesh.axis_types) if t == AxisType.Explicit)
+  return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=out_sharding)
 
 
 def _explicit_sharding(x: jax.Array) -> NamedSharding | None:

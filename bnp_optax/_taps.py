@@ -25,6 +25,7 @@ import numpy as np
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._reporting import call_statistics, check_examples
+from bnp_optax._sharding import replicated
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 from bnp_optax._trees import by_kernel, is_masked, name_path
 
@@ -176,8 +177,8 @@ def _follow(tree: Any, reference: jax.Array) -> Any:
   Without it, vmap calls the backward pass once for all examples if the tree does not depend on
   them, and shard_map requires equal cotangents on all devices.
   """
-  corner = jnp.asarray(reference)[(slice(1),) * jnp.ndim(reference)]
-  either = jnp.any(corner.astype(bool))
+  corner = (slice(1),) * jnp.ndim(reference)
+  either = replicated(jnp.asarray(reference), lambda x: jnp.any(x[corner].astype(bool)))
   return jax.tree.map(lambda x: jnp.where(either, x, x), tree)
 
 
@@ -284,5 +285,5 @@ class TapReporter:
         f"Layer {name}: its tap is {dtype}. The statistics need float32: pass dtype={dtype} to the "
         "layers instead of a cast of their parameters."
       )
-    sums = jax.tree.map(lambda x: x.astype(dtype), sums)
+    sums = jax.tree.map(lambda x: replicated(x).astype(dtype), sums)
     return _identity(outputs, _follow(dict(tap), statistics.total), sums)

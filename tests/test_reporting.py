@@ -12,7 +12,7 @@ import pytest
 from bnp_optax import linen, nnx
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter
+from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter, with_axes
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 
 
@@ -163,6 +163,9 @@ def test_a_number_of_examples_is_that_of_every_call(mask):
 def test_layers_that_disagree_about_the_number_of_examples():
   with pytest.raises(ValueError, match=r"disagree .*: 3 in layer name and 6 in layer name\. Pass"):
     report(call(3, 4), call(6, 4, kernel="other"))
+  parts = lambda x: report(call(3, 4), call(6, 4, kernel="other"), axis_name="data")
+  with pytest.raises(ValueError, match=r"divides by, counted in one part along 'data' alone, as"):
+    with_axes(parts, "data")(jnp.ones(3))
 
 
 @pytest.mark.parametrize(

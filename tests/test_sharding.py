@@ -1,5 +1,8 @@
 """Kernels with split axes on a mesh with Explicit axes: the same steps as on one device."""
 
+import functools
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,6 +99,43 @@ def test_a_model_with_split_heads():
   assert jax.tree.map(lambda x: x.sharding.spec, updates) == specs
   for found, right in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
     np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+
+
+def test_taps_of_a_split_batch():
+  x = jnp.asarray(np.random.default_rng(0).normal(1, 1, (16, 6)).astype(np.float32))
+  model = bnp_optax.linen.Tapped(nn.Dense(3), examples=16)
+  params = model.init(jax.random.key(1), x)["params"]
+  gradient = jax.jit(jax.grad(lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)))
+  expected = gradient(params, x)
+  with jax.set_mesh(mesh()):
+    found = gradient(params, jax.device_put(x, NamedSharding(mesh(), P("data", "model"))))
+  assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected["tap"])) > 0
+  chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5)
+
+
+def test_shard_map_over_one_of_two_explicit_axes():
+  model, x = nn.Dense(3), np.random.default_rng(0).normal(1, 1, (16, 6)).astype(np.float32)
+  params = model.init(jax.random.key(1), x)["params"]
+  tx = bnp_optax.bnp(optax.adam(0.01))
+
+  def step(params, state, x, axis_name=None):
+    def loss_fn(params):
+      with bnp_optax.linen.sow_statistics(axis_name=axis_name):
+        y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+      loss = jnp.mean(y**2)
+      return loss if axis_name is None else jax.lax.pmean(loss, axis_name), aux["intermediates"]
+
+    (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return tx.update(grads, state, params, stats=stats)
+
+  expected = step(params, tx.init(params), x)
+  parts = functools.partial(step, axis_name="data")
+  with jax.set_mesh(mesh()):
+    arguments = jax.device_put((params, tx.init(params)), NamedSharding(mesh(), P()))
+    found = jax.jit(
+      jax.shard_map(parts, in_specs=(P(), P(), P("data")), out_specs=P(), axis_names={"data"})
+    )(*arguments, jax.device_put(x, NamedSharding(mesh(), P("data"))))
+  chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", [None, AxisType.Auto])
