@@ -37,7 +37,8 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       "stats holds no LayerStatistics. Run the forward pass within `with "
       'bnp_optax.linen.sow_statistics():` and with mutable=["intermediates"]; for NNX, within '
       "bnp_optax.nnx.sow_statistics and through nnx.capture(model, bnp_optax.nnx.Statistics). "
-      "Enter the context inside the function that is jitted, around the call of the model. stats "
+      "Enter the context inside the function that is jitted, around the call of the model. Classes "
+      "of your own report after bnp_optax.linen.register, or that of bnp_optax.nnx. stats "
       f"is a tree of {jax.tree.structure(stats)}."
     )
   if missing := [layer for layer in layers if layer.path not in found]:
@@ -81,7 +82,7 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
         f"statistics are of {reported}. Were they taken from another model, or under jax.vmap "
         "without sow_statistics(axis_name=...) and out_axes=None? If the layer is not a plain "
         "Dense or Conv, or ran under nn.scan or nn.vmap, pass "
-        "layers=bnp_optax.linen.layers(model, *inputs)."
+        "layers=bnp_optax.linen.layers(model, *inputs), or that of bnp_optax.nnx."
       )
     merged.append(statistics)
   return merged
