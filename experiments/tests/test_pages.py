@@ -19,8 +19,8 @@ COMPARED = ("sgd", "batchnorm", "layernorm", "adam", "muon", "bnp", "bnp_adam")
 COMPARED += ("bnp_debias", "bnp_adam_debias")
 
 
-def outcomes(name):
-  experiment = EXPERIMENTS[name].at("laptop")
+def outcomes(name, scale="laptop"):
+  experiment = EXPERIMENTS[name].at(scale)
   return experiment, report.outcomes(experiment, read_results(RESULTS / experiment.folder))
 
 
@@ -119,6 +119,38 @@ def test_the_gallery_counts_the_seeds_that_are_better(title, name):
   ours, theirs = records["bnp(Adam)"], records["Adam"]
   assert min(ours) > max(theirs) if name == "federated" else max(ours) < min(theirs)
   assert f"| {title} | better, every seed |" in page("docs/gallery.md")
+
+
+@pytest.mark.parametrize(
+  ("row", "name", "scale"),
+  [
+    ("FC, 1", "fig4-right-fc", "paper"),
+    ("FC, 1", "batch-sizes-fc", "laptop"),
+    ("FC, 6", "fig4-left", "paper"),
+    ("FC, 6", "batch-sizes-fc", "laptop"),
+    ("FC, 60", "fig3-right", "paper"),
+    ("FC, 60", "batch-sizes-fc", "laptop"),
+    ("FC, 512", "batch-sizes-fc", "paper"),
+    ("FC, 512", "batch-sizes-fc", "laptop"),
+    ("CNN, 1", "batch-sizes-cnn", "laptop"),
+    ("CNN, 2", "batch-sizes-cnn", "laptop"),
+    ("CNN, 60", "batch-sizes-cnn", "laptop"),
+    ("CNN, 128", "fig5-left", "laptop"),
+    ("CNN, 512", "batch-sizes-cnn", "laptop"),
+    ("ViT, 4", "vit", "laptop"),
+    ("ViT, 64", "vit", "laptop"),
+    ("language model, 4", "language-model", "laptop"),
+    ("language model, 64", "language-model", "laptop"),
+  ],
+)
+def test_the_summary_has_the_accuracies(row, name, scale):
+  experiment, gathered = outcomes(name, scale)
+  found = [find(gathered, method, int(row.split(", ")[1])) for method in COMPARED]
+  texts = ["–" if o is None else f"{100 * o.final.mean():.1f}" for o in found]
+  images = "all" if experiment.images is None else f"{experiment.images:,}"
+  extent = f"{experiment.length}, {images}, {experiment.seeds}"
+  line = f"| {row} | {' | '.join(texts)} | {extent} |"
+  assert line in page("docs/experiments.md"), line
 
 
 def test_the_findings_count_the_verdicts():
