@@ -1,5 +1,6 @@
 """Tests of the pages that quote records: each table holds the numbers of the committed results."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -150,6 +151,31 @@ def test_the_summary_has_the_accuracies(row, name, scale):
   images = "all" if experiment.images is None else f"{experiment.images:,}"
   extent = f"{experiment.length}, {images}, {experiment.seeds}"
   line = f"| {row} | {' | '.join(texts)} | {extent} |"
+  assert line in page("docs/experiments.md"), line
+
+
+@pytest.mark.parametrize("method", ["adam", "bnp_adam", "bnp_adam_debias"])
+def test_the_transformers_without_layernorm(method):
+  texts = []
+  for name in ("vit", "language-model"):
+    _, gathered = outcomes(name)
+    for layernorm, size in itertools.product(("", "_plain"), (64, 4)):
+      final = find(gathered, method + layernorm, size).final
+      texts.append(f"{100 * final.mean():.1f}")
+  assert f"| {METHODS[method].label} | {' | '.join(texts)} |" in page("docs/experiments.md"), texts
+
+
+@pytest.mark.parametrize(("label", "name"), [("CNN", "batch-sizes-cnn"), ("FC", "batch-sizes-fc")])
+@pytest.mark.parametrize("method", ["bnp", "bnp_adam"])
+def test_the_gain_of_the_default_start(method, label, name):
+  _, gathered = outcomes(name)
+  sizes = (1, 6, 60, 128, 512)
+  start, paper = (
+    np.array([find(gathered, method + suffix, size).final.mean() for size in sizes])
+    for suffix in ("_debias", "")
+  )
+  texts = [f"{x:.1f}" for x in (100 * (start - paper)).round(1) + 0.0]
+  line = f"| {METHODS[method].label}, {label} | {' | '.join(texts)} |"
   assert line in page("docs/experiments.md"), line
 
 
