@@ -193,8 +193,8 @@ def layer_statistics(
 def merge_calls(*stats: Any) -> Any:
   """Merge the statistics of several calls of a model on the same examples.
 
-  Rows add, and the number of examples stays the same. (The statistics of different examples, such
-  as micro-batches, are added with ``jax.tree.map(jnp.add, a, b)`` instead.)
+  Rows add, and the number of examples is the largest one. (The statistics of different examples,
+  such as micro-batches, are added with ``jax.tree.map(jnp.add, a, b)`` instead.)
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp
