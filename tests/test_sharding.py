@@ -108,7 +108,8 @@ def test_taps_of_a_split_batch():
   gradient = jax.jit(jax.grad(lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)))
   expected = gradient(params, x)
   with jax.set_mesh(mesh()):
-    found = gradient(params, jax.device_put(x, NamedSharding(mesh(), P("data", "model"))))
+    everywhere = jax.device_put(params, NamedSharding(mesh(), P()))
+    found = gradient(everywhere, jax.device_put(x, NamedSharding(mesh(), P("data", "model"))))
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected["tap"])) > 0
   chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5)
 
