@@ -134,6 +134,7 @@ def test_the_gallery_counts_the_seeds_that_are_better(title, name):
     ("FC, 512", "batch-sizes-fc", "paper"),
     ("FC, 512", "batch-sizes-fc", "laptop"),
     ("CNN, 1", "batch-sizes-cnn", "laptop"),
+    ("CNN, 2", "fig5-right", "paper"),
     ("CNN, 2", "batch-sizes-cnn", "laptop"),
     ("CNN, 60", "batch-sizes-cnn", "laptop"),
     ("CNN, 128", "fig5-left", "laptop"),
