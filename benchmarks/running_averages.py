@@ -4,7 +4,7 @@ Measures: the accuracy of the network of `bnp-optax run fig3-right` at batch siz
 epoch, with the running averages of BatchNorm (momentum 0.99), and with averages over 20,000
 training images at the current weights.
 Command: `python benchmarks/running_averages.py`, two minutes. Needs `bnp_experiments` and CIFAR-10.
-Quoted by: docs/experiments.md, "Where a claim does not come out".
+Quoted by: docs/experiments/claims.md, "Figure 3 right: batch size 60".
 """
 
 from typing import Any

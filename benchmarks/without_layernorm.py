@@ -4,7 +4,7 @@ Measures: the accuracy of the network of `bnp-optax run language-model` without 
 size 4 on held-out training sequences, after each of two epochs, one seed: Adam, and bnp(Adam) with
 a shorter and a longer memory and with larger epsilons.
 Command: `python benchmarks/without_layernorm.py`, two minutes. Needs `bnp_experiments`.
-Quoted by: docs/experiments.md, "Where a claim does not come out".
+Quoted by: docs/experiments/beyond.md, "Transformers".
 """
 
 import dataclasses

@@ -185,7 +185,7 @@ def _comparing(
     available = [outcome for outcome in theirs if outcome is not None]
     return Judgement(
       _least_favourable([compare(values(ours), values(outcome)) for outcome in available]),
-      ", ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *available)),
+      "; ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *available)),
     )
 
   return judge
@@ -201,7 +201,7 @@ def _each(methods: Sequence[str], holds: Callable[[Outcome], np.bool_]) -> Judge
       return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
     return Judgement(
       "holds" if all(map(holds, available)) else "does not hold",
-      ", ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in available),
+      "; ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in available),
     )
 
   return judge

@@ -21,6 +21,9 @@ from matplotlib import pyplot as plt
 INK = "#333333"
 _CROWDED = 0.9
 _WIDE = 20
+# A run blew up if its loss exceeds the first number times the median loss of the first epoch. The
+# axis then ends at the second number times this median.
+_BLOWN_UP, _SHOWN = 10, 1.5
 _RATES_SHOWN_AT = (1, 6, 60)
 _ROW_GAP = 0.55
 STYLE = {
@@ -31,6 +34,7 @@ STYLE = {
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.grid": True,
+  "axes.axisbelow": True,
   "grid.color": "#E6E6E6",
   "grid.linewidth": 0.6,
   "xtick.color": INK,
@@ -89,10 +93,10 @@ def _curves(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   axes[0, 0].set_ylabel("test accuracy (solid)")
   axes[1, 0].set_ylabel("training loss (dashed)")
   _scale_accuracy(axes[0, 0], np.array([outcome.test_accuracy.max() for outcome in gathered]))
-  _scale_loss(axes[1])
+  clipped = _scale_loss(axes[1], gathered)
   figure.align_ylabels()
   _legend(experiment.methods, gathered, axes[0, 0])
-  text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
+  text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}{clipped}"
   if axes[0, 0].get_yscale() == "logit":
     text += " Accuracies near 100 % are stretched (logit axis)."
   _footer(axes[1, 0], -0.4, text)
@@ -140,11 +144,14 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
       axes.set_ylabel(f"{unit} to {experiment.target:.0%} test accuracy")
   figure.subplots_adjust(wspace=0.3, hspace=_ROW_GAP)
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
-  _footer(
-    *(panels[-1, 0], -0.25),
-    f"{text}\nWhere no steps are shown, it was not reached. Seconds: steps times the median time "
-    "of a step, measured by itself.",
+  text += (
+    "\nWhere no steps are shown, it was not reached. Seconds: steps times the median time of a "
+    "step, measured by itself."
   )
+  untimed = {o.method.label for o in gathered if o.method.name in experiment.untimed}
+  if untimed:
+    text += f"\nThe time of a step was not measured with {'; '.join(sorted(untimed))}."
+  _footer(panels[-1, 0], -0.25, text)
   return figure
 
 
@@ -309,13 +316,26 @@ def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
   axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def _scale_loss(panels: Iterable[Axes]) -> None:
-  """Scale losses, with a logarithmic axis if their range is wide."""
-  low, high = np.transpose([axes.dataLim.intervaly for axes in panels])
-  if low.min() > 0 and high.max() / low.min() > _WIDE:
-    for axes in panels:
+def _scale_loss(panels: Iterable[Axes], gathered: list[Outcome]) -> str:
+  """Scale losses, and return a note for the footer.
+
+  The axis is logarithmic if their range is wide, and ends below the losses of a run that blew up.
+  """
+  losses = np.concatenate([outcome.train_loss.ravel() for outcome in gathered])
+  losses = losses[np.isfinite(losses)]
+  low, high = losses.min(), losses.max()
+  first = np.nanmedian([outcome.train_loss[0] for outcome in gathered])
+  clipped = high > _BLOWN_UP * first
+  if clipped:
+    high = round(_SHOWN * first, 1)
+  wide = 0 < low < high / _WIDE
+  for axes in panels:
+    if wide:
       axes.set_yscale("log")
       axes.yaxis.set_major_formatter("{x:g}")
+    if clipped:
+      axes.set_ylim(low / 1.1 if wide else low - 0.05 * (high - low), high)
+  return f" Losses above {high:g} are not shown." if clipped else ""
 
 
 def label_plainly(axes: Axes) -> None:

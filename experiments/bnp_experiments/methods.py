@@ -138,17 +138,21 @@ def _clipped_sgd(rate: Rate) -> optax.GradientTransformation:
 SGD = Method("sgd", "SGD", "#A6A6A6", "s", optax.sgd)
 BATCHNORM = Method("batchnorm", "BatchNorm", "#E69F00", "^", optax.sgd, norm=models.batch_norm)
 LAYERNORM = Method("layernorm", "LayerNorm", "#009E73", "D", optax.sgd, norm=models.layer_norm)
-BNP = Method("bnp", "BNP", "#0072B2", "o", optax.sgd, "before")
+BNP = Method("bnp", "BNP, paper's start", "#332288", "p", optax.sgd, "before")
 MOMENTUM = Method("momentum", "momentum", "#882255", "v", momentum)
 BNP_CHAIN_MOMENTUM = Method(
-  "bnp_chain_momentum", "BNP, then momentum", "#56B4E9", "P", momentum, "before"
+  *("bnp_chain_momentum", "BNP, then momentum, paper's start", "#56B4E9", "P"), momentum, "before"
 )
-BNP_MOMENTUM = Method("bnp_momentum", "bnp(momentum)", "#DDCC77", "X", momentum, "around")
+BNP_MOMENTUM = Method(
+  "bnp_momentum", "bnp(momentum), paper's start", "#DDCC77", "X", momentum, "around"
+)
 ADAM = Method("adam", "Adam", "#000000", "<", optax.adam)
-BNP_CHAIN_ADAM = Method("bnp_chain_adam", "BNP, then Adam", "#661100", ">", optax.adam, "before")
-BNP_ADAM = Method("bnp_adam", "bnp(Adam)", "#D55E00", "h", optax.adam, "around")
+BNP_CHAIN_ADAM = Method(
+  *("bnp_chain_adam", "BNP, then Adam, paper's start", "#661100", ">"), optax.adam, "before"
+)
+BNP_ADAM = Method("bnp_adam", "bnp(Adam), paper's start", "#117733", "H", optax.adam, "around")
 ADAMW = Method("adamw", "AdamW", "#661100", "1", optax.adamw)
-BNP_ADAMW = Method("bnp_adamw", "bnp(AdamW)", "#56B4E9", "d", optax.adamw, "around")
+BNP_ADAMW = Method("bnp_adamw", "bnp(AdamW), paper's start", "#56B4E9", "d", optax.adamw, "around")
 MUON = Method("muon", "Muon", "#CC79A7", "2", optax.contrib.muon)
 CLIPPED_SGD = Method("clipped_sgd", "SGD, adaptive clipping", "#661100", "*", _clipped_sgd)
 BATCHRENORM = Method(
@@ -156,23 +160,26 @@ BATCHRENORM = Method(
 )
 GROUPNORM = Method("groupnorm", "GroupNorm", "#661100", "d", optax.sgd, norm=models.group_norm)
 BNP_GROUPNORM = Method(
-  "bnp_groupnorm", "BNP + GroupNorm", "#332288", "p", optax.sgd, "before", models.group_norm
+  *("bnp_groupnorm", "BNP + GroupNorm, paper's start", "#9664FA", "H"),
+  optax.sgd,
+  "before",
+  models.group_norm,
 )
 ADAM_BATCHNORM = Method(
   "adam_batchnorm", "BatchNorm, Adam", "#882255", "X", optax.adam, norm=models.batch_norm
 )
-# BNP with its default start of the running statistics, beside the paper's start.
-BNP_DEBIAS = Method("bnp_debias", "BNP, debias", "#332288", "p", optax.sgd, "before", debias=True)
+# With the library's default start of the running statistics.
+BNP_DEBIAS = Method("bnp_debias", "BNP", "#0072B2", "o", optax.sgd, "before", debias=True)
 BNP_ADAM_DEBIAS = Method(
-  "bnp_adam_debias", "bnp(Adam), debias", "#117733", "H", optax.adam, "around", debias=True
+  "bnp_adam_debias", "bnp(Adam)", "#D55E00", "h", optax.adam, "around", debias=True
 )
 BNP_MUON_DEBIAS = Method(
-  "bnp_muon_debias", "bnp(Muon), debias", "#DDCC77", "X", optax.contrib.muon, "around", debias=True
+  "bnp_muon_debias", "bnp(Muon)", "#DDCC77", "X", optax.contrib.muon, "around", debias=True
 )
 BNP_MUON_UNSCALED = dataclasses.replace(
   BNP_MUON_DEBIAS,
   name="bnp_muon_unscaled",
-  label="bnp(Muon), debias, q = 1",
+  label="bnp(Muon), q = 1",
   colour="#9664FA",
   marker="*",
   scale_layers=False,

@@ -26,9 +26,17 @@ BATCHNORM = _outcome(methods.BATCHNORM, [[10, 10]] * 5 + [[10, 12]])
 @pytest.mark.parametrize(
   ("judge", "verdict", "measured"),
   [
-    (claims.better("bnp", "batchnorm"), "holds", "BNP 50.0 (49.0–51.0), BatchNorm 11.0"),
+    (
+      claims.better("bnp", "batchnorm"),
+      "holds",
+      "BNP, paper's start 50.0 (49.0–51.0); BatchNorm 11.0",
+    ),
     (claims.better("bnp", "batchnorm", "sgd"), "within the spread", "SGD 49.0 (48.0–50.0)"),
-    (claims.better("bnp", "sgd", early=True), "holds", "BNP 40.8 (40.0–41.5), SGD 25.2"),
+    (
+      claims.better("bnp", "sgd", early=True),
+      "holds",
+      "BNP, paper's start 40.8 (40.0–41.5); SGD 25.2",
+    ),
     (claims.better("batchnorm", "bnp"), "does not hold", ""),
     (claims.better("bnp", "layernorm"), "not run", "no results of layernorm"),
     (claims.better("bnp", "sgd", batch_size=1), "not run", "no results of bnp, sgd"),
@@ -78,7 +86,7 @@ def test_gains_are_counted_from_the_first_decay():
   bnp = dataclasses.replace(_outcome(methods.BNP, before + after), decays=(4, 5))
   sgd = dataclasses.replace(_outcome(methods.SGD, after + before), decays=(4, 5))
   much = claims.gains_more("bnp", "sgd")([bnp, sgd])
-  assert much == ("holds", "BNP 21.5 (21.0–22.0), SGD 0.0 (0.0–0.0)")
+  assert much == ("holds", "BNP, paper's start 21.5 (21.0–22.0); SGD 0.0 (0.0–0.0)")
   assert claims.gains_more("sgd", "bnp")([bnp, sgd]).verdict == "does not hold"
   never = [dataclasses.replace(outcome, decays=(80, 120)) for outcome in (bnp, sgd)]
   assert claims.gains_more("bnp", "sgd")(never).verdict == "within the spread"

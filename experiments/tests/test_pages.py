@@ -163,7 +163,9 @@ def test_the_transformers_without_layernorm(method):
     for layernorm, size in itertools.product(("", "_plain"), (64, 4)):
       final = find(gathered, method + layernorm, size).final
       texts.append(f"{100 * final.mean():.1f}")
-  assert f"| {METHODS[method].label} | {' | '.join(texts)} |" in page("docs/experiments.md"), texts
+  assert f"| {METHODS[method].label} | {' | '.join(texts)} |" in page(
+    "docs/experiments/beyond.md"
+  ), texts
 
 
 @pytest.mark.parametrize(("label", "name"), [("CNN", "batch-sizes-cnn"), ("FC", "batch-sizes-fc")])
@@ -176,8 +178,8 @@ def test_the_gain_of_the_default_start(method, label, name):
     for suffix in ("_debias", "")
   )
   texts = [f"{x:.1f}" for x in (100 * (start - paper)).round(1) + 0.0]
-  line = f"| {METHODS[method].label}, {label} | {' | '.join(texts)} |"
-  assert line in page("docs/experiments.md"), line
+  line = f"| {METHODS[f'{method}_debias'].label}, {label} | {' | '.join(texts)} |"
+  assert line in page("docs/experiments/beyond.md"), line
 
 
 def test_the_findings_count_the_verdicts():
@@ -202,4 +204,4 @@ def test_the_findings_count_the_verdicts():
 def test_the_lead_at_the_start_of_figure_3():
   _, gathered = outcomes("fig3-left")
   ahead = find(gathered, "bnp", 60).early.mean() - find(gathered, "batchnorm", 60).early.mean()
-  assert f"BNP is ahead by {100 * ahead:.2f} points" in " ".join(page("docs/experiments.md"))
+  assert f"BNP is ahead by {100 * ahead:.2f} points" in " ".join(page("docs/experiments/claims.md"))

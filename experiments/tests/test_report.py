@@ -23,7 +23,7 @@ RESULTS = ROOT / "notebooks" / "results"
 @pytest.mark.parametrize("tabulate", [report.claims, report.rates])
 def test_the_docs_hold_the_tables_of_the_committed_results(tabulate):
   _, markdown = tabulate(RESULTS)
-  page = (ROOT / "docs" / "experiments.md").read_text()
+  page = (ROOT / "docs" / "experiments" / "claims.md").read_text()
   assert markdown in page, "Run: bnp-optax report notebooks/results, and copy its tables."
 
 
@@ -105,7 +105,7 @@ def test_plateaus_are_decades_and_mark_the_edge_of_the_grid():
   ]
   _, markdown = report.plateaus(experiment, gathered)
   assert "| SGD | not run | not run | not run |" in markdown
-  assert "| BNP | 1.0 | ≥ 2.0 | does not train |" in markdown
+  assert "| BNP, paper's start | 1.0 | ≥ 2.0 | does not train |" in markdown
 
 
 def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatc
   monkeypatch.setattr("sys.argv", ["bnp-optax", *arguments.split(), str(tmp_path)])
   assert main() == 0
   assert "Decades" in capsys.readouterr().out
-  assert "| BNP | ≥ 0.0 |" in (tmp_path / "batch-sizes-fc-plateaus.md").read_text()
+  assert "| BNP, paper's start | ≥ 0.0 |" in (tmp_path / "batch-sizes-fc-plateaus.md").read_text()
 
 
 def test_the_page_on_performance_holds_the_tables_of_the_committed_times():

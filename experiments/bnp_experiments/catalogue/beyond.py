@@ -21,8 +21,8 @@ QUICKSTART = Experiment(
     methods.BATCHNORM,
     methods.LAYERNORM,
     methods.ADAM,
-    dataclasses.replace(methods.BNP, debias=True),
-    dataclasses.replace(methods.BNP_ADAM, debias=True),
+    dataclasses.replace(methods.BNP_DEBIAS, name="bnp"),
+    dataclasses.replace(methods.BNP_ADAM_DEBIAS, name="bnp_adam"),
   ),
   rates=(*FOUR_DECADES, 3.0),
   epochs=None,
@@ -106,27 +106,27 @@ BATCH_SIZES_FC = Experiment(
     Claim("bnp(Adam) ends above BNP at batch size 1", better("bnp_adam", "bnp", batch_size=1)),
     Claim("bnp(Adam) ends above BNP at batch size 512", better("bnp_adam", "bnp", batch_size=512)),
     Claim(
-      "BNP with debias ends above BNP with the paper's start at batch size 512",
+      "BNP ends higher with the default start than with the paper's, at batch size 512",
       better("bnp_debias", "bnp", batch_size=512),
     ),
     Claim(
-      "bnp(Adam) with debias ends above bnp(Adam) with the paper's start at batch size 512",
+      "bnp(Adam) ends higher with the default start than with the paper's, at batch size 512",
       better("bnp_adam_debias", "bnp_adam", batch_size=512),
     ),
     Claim(
-      "BNP with debias ends where BNP with the paper's start does at batch size 1",
+      "BNP with the default start ends where BNP with the paper's start does at batch size 1",
       comparable("bnp_debias", "bnp", batch_size=1),
     ),
     Claim(
-      "bnp(Adam) with debias ends above Muon at batch size 60",
+      "bnp(Adam) with the default start ends above Muon at batch size 60",
       better("bnp_adam_debias", "muon", batch_size=60),
     ),
     Claim(
-      "bnp(Muon) with debias and q = 1 ends above Muon at batch size 60",
+      "bnp(Muon) with the default start and q = 1 ends above Muon at batch size 60",
       better("bnp_muon_unscaled", "muon", batch_size=60),
     ),
     Claim(
-      "bnp(Muon) with debias ends higher with q = 1 than with the paper's q at batch size 60",
+      "With the default start, bnp(Muon) ends higher with q = 1 than with the paper's q at 60",
       better("bnp_muon_unscaled", "bnp_muon_debias", batch_size=60),
     ),
   ),
@@ -191,14 +191,14 @@ _ADAM_PLAIN = dataclasses.replace(
 _BNP_ADAM_PLAIN = dataclasses.replace(
   methods.BNP_ADAM,
   name="bnp_adam_plain",
-  label="bnp(Adam), no LayerNorm",
+  label="bnp(Adam), no LayerNorm, paper's start",
   colour="#DDCC77",
   marker="o",
 )
 _BNP_ADAM_DEBIAS_PLAIN = dataclasses.replace(
   methods.BNP_ADAM_DEBIAS,
   name="bnp_adam_debias_plain",
-  label="bnp(Adam), debias, no LayerNorm",
+  label="bnp(Adam), no LayerNorm",
   colour="#321996",
   marker="p",
 )
@@ -240,15 +240,15 @@ VIT = Experiment(
       comparable("bnp_adam_plain", "adam", batch_size=64),
     ),
     Claim(
-      "bnp(Adam) ends higher with debias than with the paper's start, at batch size 64",
+      "bnp(Adam) ends higher with the default start than with the paper's, at batch size 64",
       better("bnp_adam_debias", "bnp_adam", batch_size=64),
     ),
     Claim(
-      "Without LayerNorm, bnp(Adam) ends higher with debias, at batch size 64",
+      "Without LayerNorm, bnp(Adam) ends higher with the default start, at batch size 64",
       better("bnp_adam_debias_plain", "bnp_adam_plain", batch_size=64),
     ),
     Claim(
-      "bnp(Muon) with debias and q = 1 ends above Muon at batch size 64",
+      "bnp(Muon) with the default start and q = 1 ends above Muon at batch size 64",
       better("bnp_muon_unscaled", "muon", batch_size=64),
     ),
   ),

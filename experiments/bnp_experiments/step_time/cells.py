@@ -19,10 +19,9 @@ _IMAGE = (32, 32, 3)
 
 BNP_SGD = Method("bnp_sgd", "bnp(SGD)", "#88CCEE", "8", optax.sgd, "around", debias=True)
 # All methods have the default start of the running statistics, which has one more vector of state.
-_BNP, _BNP_ADAM, _BNP_MOMENTUM = (
-  dataclasses.replace(method, debias=True)
-  for method in (methods.BNP, methods.BNP_ADAM, methods.BNP_MOMENTUM)
-)
+_BNP = dataclasses.replace(methods.BNP_DEBIAS, name="bnp")
+_BNP_ADAM = dataclasses.replace(methods.BNP_ADAM_DEBIAS, name="bnp_adam")
+_BNP_MOMENTUM = dataclasses.replace(methods.BNP_MOMENTUM, label="bnp(momentum)", debias=True)
 _FEW = (SGD, methods.BATCHNORM, _BNP, methods.ADAM, _BNP_ADAM)
 _MANY = (
   *_FEW,

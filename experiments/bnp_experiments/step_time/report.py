@@ -137,7 +137,7 @@ def _draw_width(axes: Axes, measured: Measured) -> None:
 
 def _draw_image(axes: Axes, measured: Measured) -> None:
   line = [(cell.shape[0], record["relative_to_sgd"][methods.BNP.name]) for cell, record in measured]
-  _line(axes, line, methods.BNP.label, methods.BNP.colour, methods.BNP.marker)
+  _line(axes, line, methods.BNP_DEBIAS.label, methods.BNP_DEBIAS.colour, methods.BNP_DEBIAS.marker)
   axes.set(xlabel="height and width of an image", ylabel="time of a step, relative to SGD")
   axes.set_ylim(bottom=0)
   axes.set_title(f"CNN, batch size {measured[0][0].batch_size}", loc="left")
