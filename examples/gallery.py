@@ -129,15 +129,16 @@ def draw(
     low, high = np.nanmin(curve, axis=0), np.nanmax(curve, axis=0)
     time.fill_between(place, low, high, color=method.colour, alpha=0.15, linewidth=0)
     rates.plot(RATES, np.array(list(record["validation"].values()), float), **style)
-  time.set(xlabel="part of the training", ylabel=records[0]["score"], title="test, five seeds")
+  time.set(xlabel="fraction of the training", ylabel=records[0]["score"], title="test, five seeds")
   rates.set(xscale="log", xlabel="learning rate", title="validation, one seed")
   for axes in (time, rates):
     axes.grid(color="#E6E6E6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
   values = np.concatenate([np.ravel(record["curve"]) for record in records]).astype(float)
   low, high = np.nanmin(values), np.nanmax(values)
-  # Trials that diverged are beyond the axis.
-  if low > 0 and high > 20 * low:
+  # Runs that blew up, and trials that diverged, are beyond the axis.
+  if low > 0 and high > 30 * low:
+    high = min(high, 100 * np.nanmedian(values))
     time.set(yscale="log", ylim=(low / 1.3, 1.3 * high))
   else:
     time.set_ylim(1.1 * low - 0.1 * high, 1.1 * high - 0.1 * low)

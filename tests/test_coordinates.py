@@ -163,10 +163,12 @@ def test_extra_arguments_reach_the_inner_optimizer():
     optax.contrib.mechanize(optax.sgd(RATE)),
     optax.contrib.prodigy(),
     optax.contrib.dog(RATE),
+    optax.contrib.dowg(),
     optax.chain(optax.clip(1.0), optax.contrib.cocob()),
+    optax.contrib.madgrad(RATE),
     optax.scale_by_lbfgs(),
   ],
-  ids=["schedule_free", "mechanize", "prodigy", "dog", "cocob", "lbfgs"],
+  ids=["schedule_free", "mechanize", "prodigy", "dog", "dowg", "cocob", "madgrad", "lbfgs"],
 )
 def test_an_inner_optimizer_that_keeps_parameters_is_refused(inner):
   params, _ = problems.make(problems.MLP(), (8, 5))
