@@ -93,6 +93,8 @@ def measure(name: str, methods: list[str], rounds: int, seconds: float) -> Itera
       loops[method], compile_seconds[method] = make_loop(name, method, steps, batches)
     except jax.errors.JaxRuntimeError as error:  # Out of memory, for example.
       yield {"cell": name, "method": method, "error": str(error)[:300]}
+  if "SGD" not in loops:
+    return
   times = time_in_turn(loops, rounds=rounds, calls=1)
   for method, values in times.items():
     low, median, high = np.quantile(values / times["SGD"], (0.25, 0.5, 0.75))
@@ -151,7 +153,10 @@ def main() -> None:
     "revision": options.revision,
   }
   lines = options.out.read_text().splitlines() if options.out.exists() else []
-  done = {json.loads(line)["cell"] for line in lines}
+  # A cell with an error, such as memory that ran out, is measured again.
+  done = {
+    r["cell"] for r in map(json.loads, lines) if "ratio" in r and r["device"] == run["device"]
+  }
   for name in options.cells:
     if name in done:
       continue

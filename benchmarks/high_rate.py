@@ -129,6 +129,7 @@ def make_power_step(tx: Any) -> Any:
 
 def compare() -> None:
   """Record the losses of each start, for two seeds."""
+  _remove("start")
   _, x, y = load()
   for seed in range(2):
     for name, tx in optimizers().items():
@@ -148,6 +149,7 @@ def follow() -> None:
 
   import bnp_optax
 
+  _remove("step", "remedy")
   _, x, y = load()
   tx, params = optimizers()["the paper's start"], initialize(0)
   step, multiply, state, kept = make_step(tx), make_power_step(tx), tx.init(params), []
@@ -176,6 +178,12 @@ def follow() -> None:
       losses.append(float(loss))
     first, last = count - len(kept) + 1, count - len(kept) + len(losses)
     _append({"remedy": name, "from": first, "to": last, "losses": np.round(losses, 4).tolist()})
+
+
+def _remove(*kinds: str) -> None:
+  """Remove the records of these kinds: those with one of these fields."""
+  lines = RECORDS.read_text().splitlines(keepends=True) if RECORDS.exists() else []
+  RECORDS.write_text("".join(x for x in lines if not json.loads(x).keys() & {*kinds}))
 
 
 def _append(record: dict[str, Any]) -> None:

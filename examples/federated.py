@@ -26,8 +26,8 @@ DATA = load_digits()
 ORDER = np.random.default_rng(0).permutation(1797)
 X, Y = jnp.asarray(DATA.data[ORDER] / 16, jnp.float32), jnp.asarray(DATA.target[ORDER], jnp.int32)
 TEST, VALIDATION = slice(300), slice(300, 600)
-TRAIN = 600 + np.argsort(np.asarray(Y[600:]), kind="stable")
-SHARDS = jnp.asarray(TRAIN[: 1_150 // CLIENTS // BATCH * BATCH * CLIENTS].reshape(CLIENTS, -1))
+TRAIN = 600 + np.argsort(np.asarray(Y[600:1750]), kind="stable")
+SHARDS = jnp.asarray(TRAIN.reshape(CLIENTS, -1))
 
 
 def loss_fn(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:

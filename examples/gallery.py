@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+from matplotlib import pyplot as plt
 import numpy as np
 import optax
 
 import bnp_optax
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 RESULTS = pathlib.Path(__file__).parents[1] / "notebooks" / "results"
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -96,8 +93,8 @@ def compare(
     print(table(records[-1:]).splitlines()[-1], flush=True)
   folder = RESULTS / f"gallery-{name}"
   folder.mkdir(parents=True, exist_ok=True)
-  lines = (json.dumps(record).replace("NaN", "null") + "\n" for record in records)
-  (folder / "results.jsonl").write_text("".join(lines))
+  text = "".join(json.dumps(record) + "\n" for record in records).replace("Infinity", "NaN")
+  (folder / "results.jsonl").write_text(text.replace("-NaN", "null").replace("NaN", "null"))
   (folder / f"{name}.md").write_text(table(records))
   draw(records, title, methods, folder / f"{name}.png")
 
@@ -125,9 +122,11 @@ def draw(
     style = {"color": method.colour, "marker": method.marker, "markersize": 4}
     curve = np.array(record["curve"], float)
     place = np.linspace(0, 1, curve.shape[1] + 1)[1:]
-    time.plot(place, np.nanmean(curve, axis=0), label=method.label, **style)
-    low, high = np.nanmin(curve, axis=0), np.nanmax(curve, axis=0)
-    time.fill_between(place, low, high, color=method.colour, alpha=0.15, linewidth=0)
+    ran = int(np.isfinite(curve[:, -1]).sum())
+    label = method.label + f", {ran} of {len(curve)} seeds" * (ran < len(curve))
+    time.plot(place, np.nanmean(curve, axis=0), label=label, **style)
+    span = np.nanquantile(curve, (0, 1), axis=0)
+    time.fill_between(place, *span, color=method.colour, alpha=0.15, linewidth=0)
     rates.plot(RATES, np.array(list(record["validation"].values()), float), **style)
   time.set(xlabel="fraction of the training", ylabel=records[0]["score"], title="test, five seeds")
   rates.set(xscale="log", xlabel="learning rate", title="validation, one seed")

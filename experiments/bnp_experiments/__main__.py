@@ -116,6 +116,7 @@ def _resolve(arguments: argparse.Namespace) -> "tuple[Experiment, pathlib.Path]"
   from bnp_experiments import step_time
   from bnp_experiments.catalogue import EXPERIMENTS
   from bnp_experiments.methods import METHODS
+  from bnp_experiments.models import CNN, MLP
 
   _check_known(arguments.experiment, (*EXPERIMENTS, step_time.NAME))
   chosen = EXPERIMENTS[arguments.experiment].at(arguments.scale)
@@ -127,7 +128,10 @@ def _resolve(arguments: argparse.Namespace) -> "tuple[Experiment, pathlib.Path]"
   if arguments.batch_sizes is not None:
     changes["batch_sizes"] = tuple(dict.fromkeys(arguments.batch_sizes))
   if arguments.methods is not None:
-    known = METHODS | {method.name: method for method in chosen.methods}
+    known = {method.name: method for method in chosen.methods}
+    # The methods of other networks have settings of their own, such as weight decay.
+    if isinstance(chosen.network, CNN | MLP):
+      known = METHODS | known
     for name in arguments.methods:
       _check_known(name, known)
     changes["methods"] = tuple(known[name] for name in dict.fromkeys(arguments.methods))
@@ -155,19 +159,22 @@ def recorded(folder: pathlib.Path) -> "tuple[Experiment, str] | None":
     folder: The folder of its results.
 
   Returns:
-    The experiment with the settings of its last run there, and the command of that run; None if the
-    results belong to no experiment of the catalogue.
+    The experiment with the settings of its last run there and with all methods and batch sizes that
+    have outcomes, and the command of that run; None if the results belong to no experiment of the
+    catalogue.
   """
+  from bnp_experiments import report
   from bnp_experiments.catalogue import EXPERIMENTS
   from bnp_experiments.results import read_results
 
-  commands = [record["command"] for record in read_results(folder).find(kind="run")]
+  results = read_results(folder)
+  commands = [record["command"] for record in results.find(kind="run")]
   if not commands or commands[-1][:2] != ["bnp-optax", "run"]:
     return None
   arguments = _parser().parse_args(commands[-1][1:])
   if arguments.experiment not in EXPERIMENTS:
     return None
-  return _resolve(arguments)[0], shlex.join(commands[-1])
+  return report.with_recorded(_resolve(arguments)[0], results), shlex.join(commands[-1])
 
 
 def _check_known(name: str, known: Collection[str]) -> None:

@@ -66,6 +66,8 @@ def comparable(method: str, *others: str, batch_size: int | None = None) -> Judg
   """Judge whether a method ends at an accuracy comparable with that of each of the others."""
 
   def is_close(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
+    if len(ours) == 1:
+      return "within the spread"
     return "holds" if _close(ours.mean(), theirs.mean()) else "does not hold"
 
   return _comparing(method, others, batch_size, operator.attrgetter("final"), is_close)
@@ -160,8 +162,9 @@ def steady(method: str, *batch_sizes: int) -> Judge:
     if len(available) < len(found):
       return _not_run(method)
     means = [outcome.final.mean() for outcome in available]
+    verdict = "holds" if _close(max(means), min(means)) else "does not hold"
     return Judgement(
-      "holds" if _close(max(means), min(means)) else "does not hold",
+      "within the spread" if len(available[0].final) == 1 else verdict,
       ", ".join(f"{outcome.batch_size}: {percent(outcome.final)}" for outcome in available),
     )
 
@@ -199,8 +202,9 @@ def _each(methods: Sequence[str], holds: Callable[[Outcome], np.bool_]) -> Judge
     available = [outcome for outcome in found if outcome is not None]
     if len(available) < len(found):
       return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
+    verdict = "holds" if all(map(holds, available)) else "does not hold"
     return Judgement(
-      "holds" if all(map(holds, available)) else "does not hold",
+      "within the spread" if len(available[0].final) == 1 else verdict,
       "; ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in available),
     )
 

@@ -1,7 +1,7 @@
 """The definition of an experiment: methods, data, duration and claims.
 
-The records of an experiment are found by its settings, so that every value that affects a result
-must be part of them.
+The records of an experiment are found by its settings: those of the experiment, and the name of a
+method. A method with other settings needs another name.
 """
 
 from collections.abc import Mapping

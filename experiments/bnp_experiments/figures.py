@@ -323,6 +323,8 @@ def _scale_loss(panels: Iterable[Axes], gathered: list[Outcome]) -> str:
   """
   losses = np.concatenate([outcome.train_loss.ravel() for outcome in gathered])
   losses = losses[np.isfinite(losses)]
+  if not losses.size:
+    return ""
   low, high = losses.min(), losses.max()
   first = np.nanmedian([outcome.train_loss[0] for outcome in gathered])
   clipped = high > _BLOWN_UP * first

@@ -67,7 +67,7 @@ def _train_and_test(trainer: Trainer, method: Method, batch_size: int, rate: flo
 
 def _time_steps(trainer: Trainer, batch_size: int, rates: dict[Method, float]) -> None:
   settings = trainer.experiment.time_settings(batch_size)
-  if trainer.results.find(**settings):
+  if not rates or trainer.results.find(**settings):
     return
   trainer.describe(f"timing, batch size {batch_size}")
   rates = {SGD: _SGD_RATE_FOR_TIMING} | rates

@@ -1,6 +1,7 @@
 """The outcomes of experiments, gathered from their records and formatted as tables."""
 
 import collections
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -48,6 +49,27 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
         )
       )
   return gathered
+
+
+def with_recorded(experiment: Experiment, results: Results) -> Experiment:
+  """Return an experiment with the other methods and batch sizes that have outcomes.
+
+  Those of the experiment itself stay, whether they have outcomes or not. The others are those of
+  the catalogue.
+  """
+  entry = EXPERIMENTS[experiment.name].at(experiment.scale)
+  named = {method.name for method in entry.methods}
+  methods = (*entry.methods, *(m for m in experiment.methods if m.name not in named))
+  sizes = tuple(dict.fromkeys((*entry.batch_sizes, *experiment.batch_sizes)))
+  whole = dataclasses.replace(experiment, methods=methods, batch_sizes=sizes)
+  found = outcomes(whole, results)
+  names = {m.name for m in experiment.methods} | {outcome.method.name for outcome in found}
+  kept = {*experiment.batch_sizes, *(outcome.batch_size for outcome in found)}
+  return dataclasses.replace(
+    experiment,
+    methods=tuple(method for method in methods if method.name in names),
+    batch_sizes=tuple(size for size in sizes if size in kept),
+  )
 
 
 def _conditioning(
@@ -176,7 +198,12 @@ def _recorded(
   recorded = []
   for shown in map(experiment.at, reversed(SCALES)):
     if (folder / shown.folder / FILE).exists():
-      recorded.append((shown, outcomes(shown, read_results(folder / shown.folder))))
+      results = read_results(folder / shown.folder)
+      seeds = {len(record["seeds"]) for record in results.find(kind="epoch")}
+      # A run may have another number of seeds than the catalogue.
+      for number in (shown.seeds, *sorted(seeds - {shown.seeds}, reverse=True)):
+        chosen = dataclasses.replace(shown, seeds=number)
+        recorded.append((chosen, outcomes(chosen, results)))
   # A run without complete results must not hide a complete one at a smaller scale.
   return [(shown, gathered) for shown, gathered in recorded if gathered] or [(experiment, [])]
 

@@ -33,7 +33,7 @@ def run(experiment: Experiment, folder: pathlib.Path) -> None:
     trainer = Trainer(experiment, dataset, results, checkpoints, progress)
     with progress:
       protocol.run(trainer)
-    _show(experiment, results, folder, console)
+    _show(report.with_recorded(experiment, results), results, folder, console)
 
 
 def draw(experiment: Experiment, folder: pathlib.Path) -> None:

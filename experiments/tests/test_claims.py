@@ -121,7 +121,7 @@ def test_times_are_compared_round_by_round(seconds, verdict):
 
 
 def test_the_tolerance_shrinks_with_the_error():
-  outcomes = [_outcome(methods.BNP, [[98.0]]), _outcome(methods.SGD, [[97.0]])]
+  outcomes = [_outcome(methods.BNP, [[98.0, 98.0]]), _outcome(methods.SGD, [[97.0, 97.0]])]
   assert claims.comparable("bnp", "sgd")(outcomes).verdict == "does not hold"
   outcomes[1] = _outcome(methods.SGD, [[97.7]])
   assert claims.comparable("bnp", "sgd")(outcomes).verdict == "holds"
@@ -131,3 +131,18 @@ def test_first_epoch_of_an_accuracy():
   assert SGD.first_epoch(0.4) == 3
   assert SGD.first_epoch(0.9) == np.inf
   assert not SGD.at_edge
+
+
+@pytest.mark.parametrize(
+  "judge",
+  [
+    claims.better("bnp", "sgd"),
+    claims.comparable("bnp", "sgd"),
+    claims.trains("bnp"),
+    claims.fails("bnp"),
+    claims.steady("bnp", 6),
+  ],
+)
+def test_single_runs_decide_nothing(judge):
+  outcomes = [_outcome(methods.BNP, [[98.0]]), _outcome(methods.SGD, [[10.0]])]
+  assert judge(outcomes).verdict == "within the spread"

@@ -35,6 +35,10 @@ def test_the_axis_of_losses_ends_below_a_run_that_blew_up(blown_up):
   assert note == (" Losses above 3 are not shown." if np.isfinite(blown_up) else "")
 
 
+def test_losses_that_are_all_nan_are_drawn():
+  assert draw(outcome(methods.SGD, [np.nan, np.nan]))[2] == ""
+
+
 def test_the_axis_of_losses_shows_all_runs_otherwise():
   (low, high), scale, note = draw(
     outcome(methods.SGD, [2.4, 2.0], [1.8, 1.6]), outcome(methods.BNP, [2.0, 1.9], [19.0, 1.2])

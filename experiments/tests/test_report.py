@@ -68,7 +68,16 @@ def test_the_experiment_of_a_folder_is_read_from_its_records(folder):
   experiment, command = found
   assert folder.name.startswith(f"{experiment.name}-{experiment.dataset}")
   assert command.split()[:3] == ["bnp-optax", "run", experiment.name]
-  assert report.outcomes(experiment, read_results(folder))
+  # All methods and batch sizes that have outcomes, also those of earlier commands.
+  whole, results = EXPERIMENTS[experiment.name], read_results(folder)
+  whole = dataclasses.replace(
+    experiment,
+    methods=whole.at(experiment.scale).methods,
+    batch_sizes=whole.at(experiment.scale).batch_sizes,
+  )
+  found = {(o.method, o.batch_size) for o in report.outcomes(whole, results)}
+  assert found
+  assert found == {(o.method, o.batch_size) for o in report.outcomes(experiment, results)}
 
 
 @pytest.mark.parametrize(
@@ -200,3 +209,39 @@ def test_a_claim_is_judged_at_the_largest_scale_that_has_its_methods(tmp_path):
   assert "5 epochs, 3 seeds" in settings["BNP ends above BatchNorm"]
   chosen = [line for line in report.rates(tmp_path)[1].splitlines() if "fig4-left" in line]
   assert len(chosen) == len(EXPERIMENTS["fig4-left"].paper_rates)
+
+
+def test_a_run_with_another_number_of_seeds_is_judged(tmp_path):
+  """One seed decides nothing, and the setting has its number."""
+  folder = tmp_path / "fig4-left-cifar10-paper"
+  folder.mkdir()
+  lines = []
+  for line in (RESULTS / folder.name / FILE).read_text().splitlines():
+    record = json.loads(line)
+    if record["kind"] == "epoch":
+      record |= {key: record[key][:1] for key in ("seeds", "train_loss", "test_accuracy")}
+    lines.append(json.dumps(record))
+  (folder / FILE).write_text("\n".join(lines) + "\n")
+  table = [line for line in report.claims(tmp_path)[1].splitlines() if "fig4-left" in line]
+  assert table
+  for line in table:
+    assert "20 epochs, 1 seed |" in line
+    assert line.endswith("| within the spread |")
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob(f"*-*/{FILE}")), ids=lambda x: x.parent.name)
+def test_each_record_follows_the_command_that_made_it(file):
+  records = [json.loads(line) for line in file.read_text().splitlines()]
+  if "kind" not in records[0]:
+    return
+  assert records[0]["kind"] == "run"
+  kinds = [record["kind"] for record in records]
+  assert not [pair for pair in itertools.pairwise([*kinds, "run"]) if pair == ("run", "run")]
+  for record in records:
+    if record["kind"] == "run":
+      command = " ".join(record["command"])
+      options = dict(re.findall(r"--([\w-]+) ([^-][^-]*?)(?= --|$)", command))
+    elif record["kind"] in ("trial", "rate", "epoch"):
+      name, size = record["method"].partition(",")[0], str(record["batch_size"])
+      assert name in options.get("methods", name).split()
+      assert size in options.get("batch-sizes", size).split()
