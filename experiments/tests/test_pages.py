@@ -100,6 +100,20 @@ def test_the_readme_has_the_quickstart():
     assert line in page("README.md"), line
 
 
+@pytest.mark.parametrize(
+  ("name", "size", "text", "methods"),
+  [
+    ("fig4-right-fc", 1, "{} % with SGD and at {} % with BNP at batch size 1", ("sgd", "bnp")),
+    ("batch-sizes-fc", 512, "{} and {} % at 512", ("sgd", "bnp_debias")),
+    ("fig5-right", 2, "{} % with BatchNorm and at {} % with BNP", ("batchnorm", "bnp")),
+  ],
+)
+def test_the_readme_has_the_long_runs(name, size, text, methods):
+  _, gathered = outcomes(name, "paper")
+  final = [100 * find(gathered, method, size).final.mean() for method in methods]
+  assert text.format(*(f"{x:.1f}" for x in final)) in " ".join(page("README.md"))
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("gallery-*/*.md")), ids=lambda path: path.stem)
 def test_the_gallery_has_the_tables_of_the_examples(path):
   assert path.read_text() in (ROOT / "docs" / "gallery.md").read_text()
