@@ -75,7 +75,8 @@ def scale_by_bnp(
     True
 
   Args:
-    decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1).
+    decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1). Long runs need at
+      least :math:`1 - 2 R / n` for a layer with :math:`n` inputs and :math:`R` rows in a batch.
     eps_relative: :math:`\epsilon_1 \geq 0`, relative to the largest variance of the layer's inputs.
     eps_absolute: :math:`\epsilon_2 \geq 0`.
     debias: Whether the running mean and variance are exactly those of the rows of all batches so

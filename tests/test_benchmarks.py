@@ -67,6 +67,7 @@ def table_rows(text):
     ("ahead", ("docs/performance.md",), 40),
     ("high_rate", ("docs/diagnostics.md",), 25),
     ("accelerator", ("docs/performance.md",), 6),
+    ("memory", ("docs/tuning.md",), 10),
   ],
 )
 def test_pages_show_the_tables_of_the_records(name, pages, rows, monkeypatch, capsys):
@@ -88,6 +89,22 @@ def test_every_run_of_the_trainers_has_a_record(monkeypatch):
   rates = {name: trainer.learning_rate for name, trainer in trainers["TRAINERS"].items()}
   expected = itertools.product(rates.items(), (False, True), range(5))
   assert sorted(keys) == sorted((*trainer, bnp, seed) for trainer, bnp, seed in expected)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_a_long_memory_is_better_in_long_runs(optimizer):
+  path = README.parent / "records" / "memory.jsonl"
+  records = [r for r in map(json.loads, path.read_text().splitlines())]
+  short, long = (
+    [r["epochs"] for r in records if (r["optimizer"], r["decay"]) == (optimizer, decay)]
+    for decay in (0.99, 0.999)
+  )
+  assert len(short) == len(long) == 2
+  last = [[run[-1]["accuracy"] for run in runs] for runs in (short, long)]
+  assert max(last[0]) < min(last[1])
+  # The training loss rises again with a short memory, and still falls with a long one.
+  assert all(run[-1]["loss"] > min(epoch["loss"] for epoch in run) for run in short)
+  assert all(run[-1]["loss"] == min(epoch["loss"] for epoch in run) for run in long)
 
 
 def test_links_resolve():

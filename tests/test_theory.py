@@ -238,6 +238,25 @@ def test_theorem_4_fails_for_fewer_examples_than_inputs():
   assert kappa(H @ U) > 49  # 100 / sqrt(4): the rows of H U have e alone at this scale.
 
 
+@pytest.mark.parametrize(("decay", "rows"), [(0.9, 1), (0.99, 1), (0.99, 4)])
+def test_the_noise_of_a_running_mean(decay, rows):
+  """The running mean of independent rows is off by n delta^2 = n (1 - decay) / (2 rows)."""
+  n, params = 2000, {"kernel": jnp.zeros((2000, 1)), "bias": jnp.zeros(1)}
+  tx = bnp_optax.scale_by_bnp(decay=decay)
+
+  def step(state, key):
+    h = jax.random.normal(key, (rows, n))
+    stats = {"inputs": layer_statistics(h, examples=rows, rows=rows)}
+    return tx.update(params, state, stats=stats)[1], None
+
+  keys = jax.random.split(jax.random.key(0), int(10 / (1 - decay)))
+  state, _ = jax.lax.scan(step, tx.init(params), keys)
+  mean = np.asarray(state.input_mean["kernel"], np.float64)
+  expected = n * (1 - decay) / (1 + decay) / rows
+  np.testing.assert_allclose(np.sum(mean**2), expected, rtol=0.15)
+  np.testing.assert_allclose(expected, n * (1 - decay) / (2 * rows), rtol=0.06)
+
+
 def test_theorem_4_fails_for_a_mean_that_lags():
   """It is about the batch's own mean; a running mean far behind worsens a centred H-hat."""
   rng = np.random.default_rng(0)

@@ -3,6 +3,9 @@
 A method has the same colour and marker in every figure, notebook and page. The colours are those of
 Okabe and Ito and of Tol. Methods in one panel are distinct for colour-blind readers; a test checks
 this.
+
+A BNP method without "paper's start" in its label has the library's default start of the running
+statistics; its name ends in `_debias` where an experiment has both.
 """
 
 from collections.abc import Callable

@@ -105,7 +105,10 @@ def test_the_readme_has_the_quickstart():
   [
     ("fig4-right-fc", 1, "{} % with SGD and at {} % with BNP at batch size 1", ("sgd", "bnp")),
     ("batch-sizes-fc", 512, "{} and {} % at 512", ("sgd", "bnp_debias")),
-    ("fig5-right", 2, "{} % with BatchNorm and at {} % with BNP", ("batchnorm", "bnp")),
+    (
+      *("fig5-right", 2, "{} % with BatchNorm, at {} % with SGD and at {} % with BNP"),
+      ("batchnorm", "sgd", "bnp"),
+    ),
   ],
 )
 def test_the_readme_has_the_long_runs(name, size, text, methods):
