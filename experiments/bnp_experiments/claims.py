@@ -66,9 +66,7 @@ def comparable(method: str, *others: str, batch_size: int | None = None) -> Judg
   """Judge whether a method ends at an accuracy comparable with that of each of the others."""
 
   def is_close(ours: np.ndarray, theirs: np.ndarray) -> Verdict:
-    if len(ours) == 1:
-      return "within the spread"
-    return "holds" if _close(ours.mean(), theirs.mean()) else "does not hold"
+    return _decide(_close(ours.mean(), theirs.mean()), ours)
 
   return _comparing(method, others, batch_size, operator.attrgetter("final"), is_close)
 
@@ -162,9 +160,8 @@ def steady(method: str, *batch_sizes: int) -> Judge:
     if len(available) < len(found):
       return _not_run(method)
     means = [outcome.final.mean() for outcome in available]
-    verdict = "holds" if _close(max(means), min(means)) else "does not hold"
     return Judgement(
-      "within the spread" if len(available[0].final) == 1 else verdict,
+      _decide(_close(max(means), min(means)), available[0].final),
       ", ".join(f"{outcome.batch_size}: {percent(outcome.final)}" for outcome in available),
     )
 
@@ -202,13 +199,19 @@ def _each(methods: Sequence[str], holds: Callable[[Outcome], np.bool_]) -> Judge
     available = [outcome for outcome in found if outcome is not None]
     if len(available) < len(found):
       return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
-    verdict = "holds" if all(map(holds, available)) else "does not hold"
     return Judgement(
-      "within the spread" if len(available[0].final) == 1 else verdict,
+      _decide(all(map(holds, available)), available[0].final),
       "; ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in available),
     )
 
   return judge
+
+
+def _decide(holds: bool, runs: np.ndarray) -> Verdict:
+  """Return the verdict on a condition, which a single run does not decide."""
+  if len(runs) == 1:
+    return "within the spread"
+  return "holds" if holds else "does not hold"
 
 
 def _is_above(ours: np.ndarray, theirs: np.ndarray) -> Verdict:

@@ -330,16 +330,12 @@ FIG6_RIGHT = dataclasses.replace(
   ),
   scales={
     "smoke": FIG6_LEFT.scales["smoke"] | {"network": resnet.ResNet(8, preactivation=True)},
-    "laptop": {
+    "laptop": FIG6_LEFT.scales["laptop"]
+    | {
       "title": "Preactivation ResNet-8 on CIFAR-100, batch size 128",
       "network": resnet.ResNet(8, preactivation=True),
       "methods": _warmed_up(*_METHODS_CIFAR100),
       "rates": (0.01, 0.03, 0.1, 0.3),
-      "epochs": 12,
-      "selection_epochs": 6,
-      "decays": (8, 10),
-      "seeds": 2,
-      "images": 5_000,
     },
   },
 )
