@@ -108,7 +108,7 @@ class RunningStatistics:
     ValueError: If a number is out of range.
   """
 
-  decay: ArrayLike
+  decay: ArrayLike | None
   eps_relative: ArrayLike
   eps_absolute: ArrayLike
   debias: bool
@@ -118,7 +118,8 @@ class RunningStatistics:
 
   def __post_init__(self) -> None:
     """Raise ValueError for values out of range, as far as they are concrete while tracing."""
-    check_range("decay", self.decay, 1.0)
+    if self.decay is not None:
+      check_range("decay", self.decay, 1.0)
     check_range("eps_relative", self.eps_relative, math.inf)
     check_range("eps_absolute", self.eps_absolute, math.inf)
     if self.lag_guard is not None:
@@ -182,8 +183,8 @@ class RunningStatistics:
       i = layer.kernel
       batch = jax.tree.map(replicated, batch)
       old = [field[i] for field in fields]
-      new = self._advance(layer, *old, batch=batch)
       shape = leaves[i].shape
+      new = self._advance(layer, shape, *old, batch=batch)
       eps = max(float(jnp.finfo(x.dtype).eps) for x in (mean[i], batch.total))
       finite, largest = _check(layer.layout, shape, new[:2], old[:2], eps if self.debias else 0.0)
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
@@ -204,6 +205,7 @@ class RunningStatistics:
   def _advance(
     self,
     layer: Layer,
+    shape: tuple[int, ...],
     mu: jax.Array,
     sigma2: jax.Array,
     W: jax.Array | None = None,
@@ -216,11 +218,15 @@ class RunningStatistics:
       mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square.astype(mu.dtype)
     else:
       mu_H, sigma2_H = batch.mean.astype(mu.dtype), batch.variance.astype(mu.dtype)
+    rows = batch.rows[..., None].astype(mu.dtype)
     # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
-    one_minus_rho = jnp.asarray(1 - self.decay, mu.dtype)
+    one_minus_rho = jnp.asarray(0.01 if self.decay is None else 1 - self.decay, mu.dtype)
     if W is None:
-      rows = batch.rows[..., None].astype(mu.dtype)
       return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
+    if self.decay is None and layer.bias is not None:
+      # The noise of the running mean adds n (1 - rho) / (2 rows) to an eigenvalue near 1.
+      n = layer.layout.window_size(shape) * layer.layout.statistics_to_canonical(mu, shape).shape[-1]
+      one_minus_rho = jnp.minimum(one_minus_rho, 2 * rows / n)
     return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
 
