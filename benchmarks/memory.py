@@ -31,10 +31,11 @@ import bnp_optax
 
 RECORDS = pathlib.Path(__file__).parent / "records" / "memory.jsonl"
 EXPERIMENT = {"FC": EXPERIMENTS["fig4-right-fc"], "CNN": EXPERIMENTS["fig4-right-cnn"]}
-EPOCHS = {"FC": 20, "CNN": 5}
 OPTIMIZERS = {"Adam": optax.adam, "SGD": optax.sgd}
 RATES = {"FC": {"Adam": 0.001, "SGD": 0.1}, "CNN": {"Adam": 0.001, "SGD": 0.03}}
 AUTO = "auto"
+SHOWN = {"FC": (1, 5, 10, 15, 20), "CNN": (1, 2, 3, 4, 5)}
+COLUMNS = (("accuracy", "held-out images, %", 1), ("loss", "training loss", 2))
 
 
 class Run(NamedTuple):
@@ -45,9 +46,6 @@ class Run(NamedTuple):
   optimizer: str
   decay: float | str
   seed: int
-
-  def __str__(self) -> str:
-    return f"{self.network}, batch size {self.batch_size}, {self.optimizer}, decay {self.decay}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +65,11 @@ def train(splits: Splits, run: Run) -> Iterator[dict[str, float]]:
   """Yield the training loss and the held-out accuracy, in %, after each epoch."""
   optimizer, rate = OPTIMIZERS[run.optimizer], RATES[run.network][run.optimizer]
   decay = None if run.decay == AUTO else float(run.decay)
-  method = WithDecay(str(run), "", "", "", optimizer, decay=decay)
+  method = WithDecay(run.optimizer, "", "", "", optimizer, decay=decay)
   setup = EXPERIMENT[run.network].setup(method, run.batch_size, len(splits.fit.labels), 10)
   lanes = training.make_lanes([run.seed], [rate])
   state = training.init(setup, lanes, splits.fit.images)
-  for epoch in range(1, EPOCHS[run.network] + 1):
+  for epoch in range(1, SHOWN[run.network][-1] + 1):
     state, loss = training.train_epoch(
       *(setup, state, lanes, epoch, splits.fit), on_steps=lambda steps: None
     )
@@ -91,7 +89,7 @@ def run(runs: Iterable[Run]) -> None:
     epochs = []
     for record in train(splits, one):
       epochs.append(record)
-      print(f"{one}, seed {one.seed}: {record}", flush=True)
+      print(*one, record, flush=True)
     with RECORDS.open("a") as file:
       file.write(json.dumps({**one._asdict(), "epochs": epochs, "versions": versions}) + "\n")
 
@@ -106,18 +104,19 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def report(path: pathlib.Path) -> None:
-  """Print the table of the page: mean (range) over the seeds after some epochs."""
+  """Print the tables of the page: mean (range) over the seeds after some epochs."""
   records = read(path)
-  print("| network, batch size | optimizer, `decay` | after epoch | " + " | ".join("12345") + " |")
-  settings = sorted({_run_of(r)[:4] for r in records}, key=str)
-  for setting in settings:
-    runs = [r["epochs"] for r in records if _run_of(r)[:4] == setting]
-    epochs = len(runs[0])
-    shown = sorted({1, *(max(1, epochs * part // 4) for part in (1, 2, 3, 4))})
-    for key, what, digits in (("accuracy", "held-out images, %", 1), ("loss", "training loss", 2)):
-      values = np.array([[run[epoch - 1][key] for run in runs] for epoch in shown])
-      cells = [f"{v.mean():.{digits}f} ({v.min():.{digits}f}–{v.max():.{digits}f})" for v in values]
-      print(f"| {setting} | {shown} {what} | {' | '.join(cells)} |")
+  for network, shown in SHOWN.items():
+    print(f"| {network}: batch size, optimizer, `decay` | | " + " | ".join(map(str, shown)) + " |")
+    print("| --- | --- |" + " --: |" * len(shown))
+    for setting in sorted({_run_of(r)[:4] for r in records if r["network"] == network}, key=str):
+      runs = [r["epochs"] for r in records if _run_of(r)[:4] == setting]
+      for key, what, digits in COLUMNS:
+        values = np.array([[run[epoch - 1][key] for run in runs] for epoch in shown])
+        cells = [
+          f"{v.mean():.{digits}f} ({v.min():.{digits}f}–{v.max():.{digits}f})" for v in values
+        ]
+        print(f"| {', '.join(map(str, setting[1:]))} | {what} | {' | '.join(cells)} |")
 
 
 def main() -> None:

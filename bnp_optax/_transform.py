@@ -76,9 +76,8 @@ def scale_by_bnp(
 
   Args:
     decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1). None, the default,
-      is 0.99, and with `debias` :math:`1 - 2 R / n` where that is larger, for a layer with a bias,
-      :math:`n` inputs of one output and :math:`R` rows in a batch. A shorter memory makes the
-      running mean too noisy in long runs at batch sizes near 1.
+      is 0.99, and with `debias` at least :math:`1 - 2 R / n` for a layer with a bias, :math:`n`
+      inputs of one output and :math:`R` rows in a batch: a shorter memory is noisy in long runs.
     eps_relative: :math:`\epsilon_1 \geq 0`, relative to the largest variance of the layer's inputs.
     eps_absolute: :math:`\epsilon_2 \geq 0`.
     debias: Whether the running mean and variance are exactly those of the rows of all batches so
