@@ -14,13 +14,6 @@ settings with the highest mean over all cells, unless it is below the paper's st
 more than the range over the seeds of the paper's start there. A bound on the step is a part of the
 inner optimizer and cannot be a default.
 
-All these have a decay of 0.99. A second rule, also written before its runs, decides about the
-memory of each layer, `decay=None`: it becomes the default if (1) its mean over FC and CNN at batch
-sizes 1, 2 and 6 with the four optimizers is at most 0.5 points below that of 0.99; (2) in no
-setting of `benchmarks/memory.py` its mean training loss at the end is higher, or its mean held-out
-accuracy at the end lower by more than the range of the seeds with 0.99; and (3) for no method of
-`examples/online_learning.py` its mean accuracy on all examples is lower by more than that range.
-
 Variants of `debias` do not compete for the default: a decay of 0.9, 0.95 and 0.999, a linear
 warm-up of the learning rate over the first tenth of the steps, and `scale_layers=False` (q = 1).
 
@@ -94,8 +87,6 @@ PROGRAMS = {
   "q = 1": {"q = 1": (math.inf, math.inf)},
   "corrected": CORRECTED,
   "paper": {"paper": (math.inf, math.inf)},
-  "memory": {"memory": (math.inf, math.inf)},
-  "constant": {"decay 0.99": (math.inf, math.inf)},
   "alone": {"alone": (math.inf, math.inf)},
 }
 # Bounds the memory: the lanes of convolutional networks and transformers train in parts.
@@ -129,9 +120,6 @@ def cells() -> Iterator[Cell]:
     for batch_size, optimizer, network in itertools.product(BATCH_SIZES, RATES, NETWORKS):
       for program in programs:
         yield Cell(program, batch_size, network, optimizer)
-  # The layers of the other networks, and of these at larger batch sizes, have a decay of 0.99.
-  for cell in itertools.product(("memory", "constant"), (1, 2, 6), ("fc", "cnn"), RATES):
-    yield Cell(*cell)
 
 
 def pack(path: pathlib.Path) -> None:
@@ -202,19 +190,17 @@ def make_optimizer(cell: Cell, lane: Lane, layers: Any) -> Any:
   }[cell.optimizer](rate)
   if cell.program == "alone":
     return optax.with_extra_args_support(inner)
-  if cell.program in ("defaults", "memory"):
+  if cell.program == "defaults":
     return bnp_optax.bnp(inner, layers=layers)
   if cell.program == "paper":
-    return bnp_optax.bnp(inner, debias=False, layers=layers)
+    return bnp_optax.bnp(inner, debias=False, lag_guard=None, layers=layers)
   if cell.program == "variants":
     return bnp_optax.bnp(inner, decay=lane.setting[0], layers=layers)
-  if cell.program == "constant":
-    return bnp_optax.bnp(inner, 0.99, layers=layers)
   if cell.program == "q = 1":
-    return bnp_optax.bnp(inner, 0.99, scale_layers=False, layers=layers)
+    return bnp_optax.bnp(inner, scale_layers=False, layers=layers)
   guard, bound = lane.setting
   inner = optax.chain(inner, optax.adaptive_grad_clip(bound))
-  return bnp_optax.bnp(inner, 0.99, lag_guard=guard, layers=layers)
+  return bnp_optax.bnp(inner, debias=True, lag_guard=guard, layers=layers)
 
 
 def _count_steps(cell: Cell) -> int:

@@ -108,7 +108,7 @@ class RunningStatistics:
     ValueError: If a number is out of range.
   """
 
-  decay: ArrayLike | None
+  decay: ArrayLike
   eps_relative: ArrayLike
   eps_absolute: ArrayLike
   debias: bool
@@ -118,10 +118,11 @@ class RunningStatistics:
 
   def __post_init__(self) -> None:
     """Raise ValueError for values out of range, as far as they are concrete while tracing."""
-    check_range("decay", 0.99 if self.decay is None else self.decay, 1.0)
+    check_range("decay", self.decay, 1.0)
     check_range("eps_relative", self.eps_relative, math.inf)
     check_range("eps_absolute", self.eps_absolute, math.inf)
-    check_range("lag_guard", 0.0 if self.lag_guard is None else self.lag_guard, math.inf)
+    if self.lag_guard is not None:
+      check_range("lag_guard", self.lag_guard, math.inf)
     check_layouts(self.layers)
 
   def init(self, params: optax.Params) -> ScaleByBnpState:
@@ -181,8 +182,8 @@ class RunningStatistics:
       i = layer.kernel
       batch = jax.tree.map(replicated, batch)
       old = [field[i] for field in fields]
+      new = self._advance(layer, *old, batch=batch)
       shape = leaves[i].shape
-      new = self._advance(layer, shape, batch, *old)
       eps = max(float(jnp.finfo(x.dtype).eps) for x in (mean[i], batch.total))
       finite, largest = _check(layer.layout, shape, new[:2], old[:2], eps if self.debias else 0.0)
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
@@ -201,25 +202,25 @@ class RunningStatistics:
     return new_state, Preconditioners(layers, preconditioners)
 
   def _advance(
-    self, layer: Layer, shape: tuple[int, ...], batch: LayerStatistics, *old: jax.Array
+    self,
+    layer: Layer,
+    mu: jax.Array,
+    sigma2: jax.Array,
+    W: jax.Array | None = None,
+    *,
+    batch: LayerStatistics,
   ) -> tuple[jax.Array, ...]:
-    """Take step 2 for one layer, from its old mean, variance and, with `debias`, weight."""
-    (mu, sigma2), layout, dtype = old[:2], layer.layout, old[0].dtype
-    rows = batch.rows[..., None].astype(dtype)
-    # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
-    one_minus_rho = jnp.asarray(0.01 if self.decay is None else 1 - self.decay, dtype)
+    """Take step 2 for one layer."""
     if layer.bias is None:
       # Without a bias nothing can be centred, and the norms of H's columns are its second moments.
-      mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square.astype(dtype)
+      mu_H, sigma2_H = jnp.zeros_like(mu), batch.mean_square.astype(mu.dtype)
     else:
-      mu_H, sigma2_H = batch.mean.astype(dtype), batch.variance.astype(dtype)
-      if self.decay is None and self.debias:
-        # The noise of the running mean adds n (1 - rho) / (2 rows) to an eigenvalue near 1.
-        n = layout.window_size(shape) * layout.statistics_to_canonical(mu, shape).shape[-1]
-        one_minus_rho = jnp.minimum(one_minus_rho, 2 * rows / n)
-    if not self.debias:
+      mu_H, sigma2_H = batch.mean.astype(mu.dtype), batch.variance.astype(mu.dtype)
+    # 1 - decay is computed before it is rounded: float32 loses a digit of 1 - 0.99.
+    one_minus_rho = jnp.asarray(1 - self.decay, mu.dtype)
+    if W is None:
+      rows = batch.rows[..., None].astype(mu.dtype)
       return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
-    W = old[2]
     return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
 

@@ -16,7 +16,7 @@ from bnp_optax._taps import zero_taps
 
 
 def scale_by_bnp(
-  decay: ArrayLike | None = None,
+  decay: ArrayLike = 0.99,
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
   *,
@@ -75,9 +75,8 @@ def scale_by_bnp(
     True
 
   Args:
-    decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1). None, the default,
-      is 0.99, and with `debias` at least :math:`1 - 2 R / n` for a layer with a bias, :math:`n`
-      inputs of one output and :math:`R` rows in a batch: a shorter memory is noisy in long runs.
+    decay: Decay of the running statistics, the paper's :math:`\rho`, in [0, 1). Long runs need at
+      least :math:`1 - 2 R / n` for a layer with :math:`n` inputs and :math:`R` rows in a batch.
     eps_relative: :math:`\epsilon_1 \geq 0`, relative to the largest variance of the layer's inputs.
     eps_absolute: :math:`\epsilon_2 \geq 0`.
     debias: Whether the running mean and variance are exactly those of the rows of all batches so
@@ -146,7 +145,7 @@ class BnpState(NamedTuple):
 
 def bnp(
   inner: optax.GradientTransformation,
-  decay: ArrayLike | None = None,
+  decay: ArrayLike = 0.99,
   eps_relative: ArrayLike = 1e-2,
   eps_absolute: ArrayLike = 1e-4,
   *,

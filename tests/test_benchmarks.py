@@ -93,18 +93,36 @@ def test_every_run_of_the_trainers_has_a_record(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 def test_a_long_memory_is_better_in_long_runs(optimizer):
+  """As the page on tuning says of the fully connected network at batch size 1."""
   path = README.parent / "records" / "memory.jsonl"
-  records = [r for r in map(json.loads, path.read_text().splitlines())]
-  short, long = (
-    [r["epochs"] for r in records if (r["optimizer"], r["decay"]) == (optimizer, decay)]
-    for decay in (0.99, 0.999)
-  )
+  records = [
+    r
+    for r in map(json.loads, path.read_text().splitlines())
+    if (r["network"], r["batch_size"], r["optimizer"]) == ("FC", 1, optimizer)
+  ]
+  short, long = ([r["epochs"] for r in records if r["decay"] == decay] for decay in (0.99, 0.999))
   assert len(short) == len(long) == 2
   last = [[run[-1]["accuracy"] for run in runs] for runs in (short, long)]
   assert max(last[0]) < min(last[1])
   # The training loss rises again with a short memory, and still falls with a long one.
   assert all(run[-1]["loss"] > min(epoch["loss"] for epoch in run) for run in short)
   assert all(run[-1]["loss"] == min(epoch["loss"] for epoch in run) for run in long)
+
+
+def test_a_long_memory_on_a_drifting_stream():
+  """With SGD it is within the spread, and that of each layer is worse; with Adam it is better."""
+  path = README.parent / "records" / "memory_stream.jsonl"
+  windows = {
+    r["method"]: np.array(r["windows"]) for r in map(json.loads, path.read_text().splitlines())
+  }
+  all_examples = {name: x.mean(axis=1) for name, x in windows.items()}
+  short = all_examples["BNP, 0.99"]
+  assert all_examples["BNP, 0.999"].mean() < short.mean()
+  assert short.min() < all_examples["BNP, 0.999"].max()
+  lost = short.mean() - all_examples["BNP, of each layer"].mean()
+  assert lost > np.ptp(short)
+  after = {name: x[:, 20:22].mean(axis=1) for name, x in windows.items()}
+  assert after["bnp(Adam), 0.999"].min() > after["bnp(Adam), 0.99"].max()
 
 
 def test_links_resolve():
