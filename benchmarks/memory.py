@@ -76,11 +76,12 @@ def train(splits: Splits, run: Run) -> Iterator[dict[str, float]]:
   optimizer, rate = OPTIMIZERS[run.optimizer], RATES[run.network][run.optimizer]
   method = WithDecay(run.optimizer, "", "", "", optimizer, decay=float(run.decay))
   setup = EXPERIMENT[run.network].setup(method, run.batch_size, len(splits.fit.labels), 10)
+  fit = jax.device_put(splits.fit) if setup.fully_connected else splits.fit
   lanes = training.make_lanes([run.seed], [rate])
-  state = training.init(setup, lanes, splits.fit.images)
+  state = training.init(setup, lanes, fit.images)
   for epoch in range(1, EPOCHS[run.network] + 1):
     state, loss = training.train_epoch(
-      *(setup, state, lanes, epoch, splits.fit), on_steps=lambda steps: None
+      *(setup, state, lanes, epoch, fit), on_steps=lambda steps: None
     )
     accuracy = float(evaluate(setup, state, *splits.held_out).accuracy[0])
     yield {"epoch": epoch, "loss": round(float(loss[0]), 4), "accuracy": round(100 * accuracy, 2)}
@@ -90,7 +91,6 @@ def run(runs: Iterable[Run]) -> None:
   """Append the records of the runs that are missing."""
   done = {_run_of(r) for r in read(RECORDS)}
   splits = make_splits(EXPERIMENT["FC"], data.load(EXPERIMENT["FC"].dataset))
-  splits = splits._replace(fit=jax.device_put(splits.fit))
   versions = {"jax": jax.__version__, "bnp_optax": bnp_optax.__version__}
   for one in runs:
     if one in done:
