@@ -84,6 +84,7 @@ SPECTRA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize(("n", "rows"), [(400, 1000), (700, 700)])
 def test_estimate_is_within_its_stated_error(spectrum, n, rows):
@@ -98,6 +99,7 @@ def test_estimate_is_within_its_stated_error(spectrum, n, rows):
       assert exact <= value / (1 - error)
 
 
+@pytest.mark.slow
 def test_estimate_for_2048_inputs():
   values = SPECTRA["crowded"](None, 2048)
   value, error = estimate_condition_number(with_singular_values(values, 2049, 0), 1e-12)

@@ -144,6 +144,7 @@ def test_many_devices_come_to_the_same_parameters(engine, devices, dtype):
     assert distance(jax.device_get(untrained), expected) > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_processes_come_to_the_same_parameters(processes, tmp_path):
   """From a checkpoint of one process with eight devices, and back to it."""
@@ -317,6 +318,7 @@ def compiled_step(engine, tx, devices=8):
   ).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("engine", "vectors", "scalars"),
   [

@@ -61,6 +61,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_gradients_through_the_update_equal_finite_differences(problem, make):
   params, direction, inner_loss = problem

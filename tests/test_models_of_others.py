@@ -272,6 +272,7 @@ def train(model, params, x, target):
   return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_linen(name):
   make, register, twin, shape, before, after = MODELS[name]
@@ -325,6 +326,7 @@ class LLaDA(nnx.Module):
     return x + call(self.down, nnx.silu(call(self.gate, x)) * call(self.up, x))
 
 
+@pytest.mark.slow
 def test_nnx():
   x = array(BATCH, TIME, WIDTH)
   model, plain = LLaDA(False, nnx.Rngs(0)), LLaDA(True, nnx.Rngs(0))

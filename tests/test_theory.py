@@ -156,6 +156,7 @@ def test_proposition_2_and_theorem_3(seed, mean):
   np.testing.assert_allclose(np.diag(results[1][1]), p * (1 - p) / N, rtol=1e-11)
 
 
+@pytest.mark.slow
 @given(seed=seeds)
 def test_equation_8(seed):
   """A step of gradient descent on z, mapped to theta, is the step of BNP."""

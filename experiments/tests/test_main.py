@@ -141,6 +141,7 @@ def test_quickstart_from_command_to_picture(call, capsys, tmp_path):
   assert (folder / "quickstart.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "stop_at", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (17, 35))]
 )
@@ -176,6 +177,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert len(undisturbed) == {"rate": 2, "epoch": 6}[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_results_that_were_cut_short_are_made_again(call, tmp_path, small_experiment, cut):
   arguments = ["run", "quickstart", *SMALL, "--epochs", "3", "--out", "out"]
@@ -187,6 +189,7 @@ def test_results_that_were_cut_short_are_made_again(call, tmp_path, small_experi
   assert [line for line in records if '"kind": "run"' not in line] == whole[1:]
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_from_where_fewer_ended(call, tmp_path, small_experiment):
   arguments = ["run", "quickstart", *SMALL, "--epochs"]
   assert call(*arguments, 2, "--out", "short") == 0
@@ -202,6 +205,7 @@ def test_a_folder_in_use_is_refused(call, capsys, tmp_path):
   assert "another run is writing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_outright_the_folder_is_free_again(tmp_path):
   command = [sys.executable, "-m", "bnp_experiments", "run", "quickstart", "--out", "out"]
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
