@@ -1,14 +1,15 @@
 """The accuracy of BNP with a short and a long memory of the running statistics, at small batches.
 
 Measures: the training loss and the accuracy on held-out images after each epoch, for 20 epochs of
-the fully connected network of the paper on CIFAR-10 or 5 epochs of its convolutional network, for
-each batch size, `decay` and seed: Adam inside `bnp` at the rate 0.001, and SGD at 0.1 (CNN 0.03).
+the fully connected network of the paper on CIFAR-10, for each batch size, `decay` and seed: Adam
+inside `bnp` at the rate 0.001, and SGD at 0.1.
 `stream` measures the accuracy on the drifting stream of `examples/online_learning.py`, where each
 image occurs once, with the rate that the script chooses. One decay is better than another if every
 run of it ends above every run of the other; otherwise they are within the spread.
-Command: `python benchmarks/memory.py run`, ten minutes a run on one CPU core with FC at batch size
-1; `python benchmarks/memory.py stream`, one minute a decay; and `python benchmarks/memory.py
-report`. What is in the records is not repeated. Needs `bnp_experiments`, CIFAR-10 and MNIST.
+Command: `python benchmarks/memory.py run`, ten minutes a run on one CPU core at batch size 1, and
+less at larger ones; `python benchmarks/memory.py stream`, one minute a decay; and `python
+benchmarks/memory.py report`. What is in the records is not repeated. Needs `bnp_experiments`,
+CIFAR-10 and MNIST.
 The records with the decay "of each layer" are of revision a928252, in which the decay of a layer
 with n inputs was at least 1 - 2 rows / n; it is not in the library.
 Quoted by: docs/tuning.md, "The memory of the running statistics".
@@ -37,21 +38,17 @@ import bnp_optax
 RECORDS = pathlib.Path(__file__).parent / "records" / "memory.jsonl"
 STREAM_RECORDS = RECORDS.with_name("memory_stream.jsonl")
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-EXPERIMENT = {"FC": EXPERIMENTS["fig4-right-fc"], "CNN": EXPERIMENTS["fig4-right-cnn"]}
-OPTIMIZERS = {"Adam": optax.adam, "SGD": optax.sgd}
-RATES = {"FC": {"Adam": 0.001, "SGD": 0.1}, "CNN": {"Adam": 0.001, "SGD": 0.03}}
-EPOCHS = {"FC": 20, "CNN": 5}
+EXPERIMENT = EXPERIMENTS["fig4-right-fc"]
+OPTIMIZERS = {"Adam": (optax.adam, 0.001), "SGD": (optax.sgd, 0.1)}
+SHOWN = {"first": 1, "tenth": 10, "last": 20}
 COLUMNS = [
-  f"{what}, {when} epoch"
-  for what in ("held-out images, %", "training loss")
-  for when in ("first", "middle", "last")
+  f"{what}, {when} epoch" for what in ("held-out images, %", "training loss") for when in SHOWN
 ]
 
 
 class Run(NamedTuple):
   """One run."""
 
-  network: str
   batch_size: int
   optimizer: str
   decay: float | str
@@ -73,15 +70,14 @@ class WithDecay(methods.Method):
 
 def train(splits: Splits, run: Run) -> Iterator[dict[str, float]]:
   """Yield the training loss and the held-out accuracy, in %, after each epoch."""
-  optimizer, rate = OPTIMIZERS[run.optimizer], RATES[run.network][run.optimizer]
+  optimizer, rate = OPTIMIZERS[run.optimizer]
   method = WithDecay(run.optimizer, "", "", "", optimizer, decay=float(run.decay))
-  setup = EXPERIMENT[run.network].setup(method, run.batch_size, len(splits.fit.labels), 10)
-  fit = jax.device_put(splits.fit) if setup.fully_connected else splits.fit
+  setup = EXPERIMENT.setup(method, run.batch_size, len(splits.fit.labels), 10)
   lanes = training.make_lanes([run.seed], [rate])
-  state = training.init(setup, lanes, fit.images)
-  for epoch in range(1, EPOCHS[run.network] + 1):
+  state = training.init(setup, lanes, splits.fit.images)
+  for epoch in range(1, SHOWN["last"] + 1):
     state, loss = training.train_epoch(
-      *(setup, state, lanes, epoch, fit), on_steps=lambda steps: None
+      *(setup, state, lanes, epoch, splits.fit), on_steps=lambda steps: None
     )
     accuracy = float(evaluate(setup, state, *splits.held_out).accuracy[0])
     yield {"epoch": epoch, "loss": round(float(loss[0]), 4), "accuracy": round(100 * accuracy, 2)}
@@ -90,7 +86,8 @@ def train(splits: Splits, run: Run) -> Iterator[dict[str, float]]:
 def run(runs: Iterable[Run]) -> None:
   """Append the records of the runs that are missing."""
   done = {_run_of(r) for r in read(RECORDS)}
-  splits = make_splits(EXPERIMENT["FC"], data.load(EXPERIMENT["FC"].dataset))
+  splits = make_splits(EXPERIMENT, data.load(EXPERIMENT.dataset))
+  splits = splits._replace(fit=jax.device_put(splits.fit))
   versions = {"jax": jax.__version__, "bnp_optax": bnp_optax.__version__}
   for one in runs:
     if one in done:
@@ -135,15 +132,12 @@ def read(path: pathlib.Path) -> list[dict]:
 def report(path: pathlib.Path) -> None:
   """Print the tables of the page: mean (range) over the seeds."""
   records = read(path)
-  print("| network, batch size, optimizer, `decay` | " + " | ".join(COLUMNS) + " |")
+  print("| batch size, optimizer, `decay` | " + " | ".join(COLUMNS) + " |")
   print("| --- |" + " --: |" * len(COLUMNS))
-  for setting in sorted({_run_of(r)[:4] for r in records}, key=str):
-    runs = [r["epochs"] for r in records if _run_of(r)[:4] == setting]
-    last = EPOCHS[setting[0]]
+  for setting in sorted({_run_of(r)[:3] for r in records}, key=str):
+    runs = [r["epochs"] for r in records if _run_of(r)[:3] == setting]
     cells = []
-    for name in COLUMNS:
-      key, digits = ("accuracy", 1) if name.startswith("held-out") else ("loss", 2)
-      epoch = 1 if "first" in name else (last + 1) // 2 if "middle" in name else last
+    for (key, digits), epoch in itertools.product((("accuracy", 1), ("loss", 2)), SHOWN.values()):
       x = np.array([run[epoch - 1][key] for run in runs])
       cells.append(f"{x.mean():.{digits}f} ({x.min():.{digits}f}–{x.max():.{digits}f})")
     print(f"| {', '.join(map(str, setting))} | {' | '.join(cells)} |")
@@ -155,14 +149,13 @@ def main() -> None:
   """Read the command line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("command", choices=("run", "stream", "report"))
-  parser.add_argument("--networks", nargs="+", choices=EXPERIMENT, default=["FC"])
   parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
   parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=[*OPTIMIZERS])
   parser.add_argument("--decays", type=float, nargs="+", default=[0.99, 0.999])
   parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
   options = parser.parse_args()
   if options.command == "run":
-    settings = options.networks, options.batch_sizes, options.optimizers, options.decays
+    settings = options.batch_sizes, options.optimizers, options.decays
     run(Run(*setting, seed) for seed in options.seeds for setting in itertools.product(*settings))
   elif options.command == "stream":
     stream(options.decays)

@@ -141,7 +141,6 @@ def test_quickstart_from_command_to_picture(call, capsys, tmp_path):
   assert (folder / "quickstart.png").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "stop_at", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (17, 35))]
 )
@@ -178,7 +177,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
+@pytest.mark.parametrize("cut", [1, 2, 3])
 def test_results_that_were_cut_short_are_made_again(call, tmp_path, small_experiment, cut):
   arguments = ["run", "quickstart", *SMALL, "--epochs", "3", "--out", "out"]
   assert call(*arguments) == 0
