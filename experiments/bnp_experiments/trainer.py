@@ -51,8 +51,7 @@ class Trainer:
     self._classes = dataset.classes
     # Files of images are read batch by batch. Several accelerators share each batch.
     accelerated = jax.default_backend() != "cpu" and jax.device_count() == 1
-    in_files = not isinstance(dataset.x_train, np.ndarray)
-    if self.setup(SGD, 1).fully_connected or (accelerated and not in_files):
+    if self.setup(SGD, 1).stacked or (accelerated and isinstance(dataset.x_train, np.ndarray)):
       self.splits = self.splits._replace(fit=jax.device_put(self.splits.fit))
     self._checkpoints = checkpoints
     self._progress = progress

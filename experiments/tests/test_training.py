@@ -52,12 +52,9 @@ def test_learns(method, images):
 
 
 @pytest.mark.parametrize("method", [methods.BATCHNORM, methods.BNP], ids=lambda m: m.name)
-def test_a_lane_does_what_it_does_alone(method, images, monkeypatch):
+def test_a_lane_does_what_it_does_alone(method, images):
   setup = _setup(method, images)
-  assert not setup.stacked
-  monkeypatch.setattr(training.Setup, "stacked", True)  # As on an accelerator.
   stack, losses = _train(setup, [3, 4, 4], [0.1, 0.1, 0.3], images)
-  monkeypatch.undo()
   alone, loss = _train(setup, [4], [0.3], images)
   np.testing.assert_allclose(losses[:, 2], loss[:, 0], rtol=1e-4)
   jax.tree.map(
