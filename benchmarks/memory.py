@@ -2,16 +2,17 @@
 
 Measures: the training loss and the accuracy on held-out images after each epoch, for 20 epochs of
 the fully connected network of the paper on CIFAR-10, for each batch size, `decay` and seed: Adam
-inside `bnp` at the rate 0.001, and SGD at 0.1.
-`stream` measures the accuracy on the drifting stream of `examples/online_learning.py`, where each
-image occurs once, with the rate that the script chooses. One decay is better than another if every
-run of it ends above every run of the other; otherwise they are within the spread.
+inside `bnp` at the rate 0.001, and SGD at 0.1. `stream` measures the accuracy on the drifting
+stream of `examples/online_learning.py`, where each image occurs once, with the rate that the script
+chooses. One decay is better than another if every run of it ends above every run of the other;
+otherwise they are within the spread.
 Command: `python benchmarks/memory.py run`, ten minutes a run on one CPU core at batch size 1, and
 less at larger ones; `python benchmarks/memory.py stream`, one minute a decay; and `python
 benchmarks/memory.py report`. What is in the records is not repeated. Needs `bnp_experiments`,
 CIFAR-10 and MNIST.
 The records with the decay "of each layer" are of revision a928252, in which the decay of a layer
-with n inputs was at least 1 - 2 rows / n; it is not in the library.
+with n inputs was at least 1 - 2 rows / n; it is not in the library. Those at batch size 6 are of
+revision 5aa7837, which differs in the rounding of the trainer.
 Quoted by: docs/tuning.md, "The memory of the running statistics".
 """
 

@@ -145,7 +145,7 @@ def test_many_devices_come_to_the_same_parameters(engine, devices, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_many_processes_come_to_the_same_parameters(processes, tmp_path):
   """From a checkpoint of one process with eight devices, and back to it."""
   with jax.enable_x64(True):

@@ -3,12 +3,11 @@
 A lane is one training run. The lanes of a stack differ in their seeds and learning rates. The lanes
 of a fully connected network are mapped with `jax.vmap`, so that a grid of rates or a set of seeds
 costs little more than one run. (On a CPU that holds for the 40 inputs of MNIST-1D. With the 3,072
-of CIFAR-10 and Adam inside `bnp`, five lanes take 2.5 times as long at batch sizes 2 and 6 as one
-lane after the other.)
-Other networks train lane by lane, because a convolution with a kernel for each lane is slow.
-Examples on the device are trained on in a loop inside the compiled program. Examples on the host
-are trained on step by step: XLA's CPU code for a convolution inside a loop is many times slower.
-All randomness comes from the seeds: equal lanes give equal bits.
+of CIFAR-10 and Adam inside `bnp`, a stack is slower than one lane after the other.) Other networks
+train lane by lane, because a convolution with a kernel for each lane is slow. Examples on the
+device are trained on in a loop inside the compiled program. Examples on the host are trained on
+step by step: XLA's CPU code for a convolution inside a loop is many times slower. All randomness
+comes from the seeds: equal lanes give equal bits.
 """
 
 from collections.abc import Callable, Sequence
