@@ -78,6 +78,11 @@ def _grad(model):
   return jax.jit(jax.value_and_grad(loss_fn(model), has_aux=True))
 
 
+def compiled(tx):
+  """Return the transformation with a compiled `init` and `update`: one program each."""
+  return optax.GradientTransformationExtraArgs(jax.jit(tx.init), jax.jit(tx.update))
+
+
 def raises(match, fn, *args, **kwargs):
   """Check that a ValueError is raised while tracing, before anything is computed."""
   with pytest.raises(ValueError, match=match):

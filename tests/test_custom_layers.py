@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import bnp_optax
-from tests import oracle
+from tests import oracle, problems
 from tests.test_lifting import update
 from tests.test_linen import check, init, sow, uniform
 
@@ -582,6 +582,7 @@ def nnx_update(model, x):
     return jnp.mean(y**2), stats
 
   (_, stats), grads = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model)
+  tx = problems.compiled(tx)
   return nnx.to_pure_dict(tx.update(grads, tx.init(nnx.state(model)), stats=stats)[0])
 
 

@@ -95,7 +95,7 @@ def test_equals_an_oracle_that_keeps_every_batch(kind, dtype):
   with jax.enable_x64(dtype == "float64"):
     model = make(dtype)
     array = lambda x: jnp.asarray(x, dtype)
-    params = model.init(jax.random.key(0), array(np.ones((1, *shape))))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), array(np.ones((1, *shape))))["params"]
     layers = bnp_optax.linen.layers(model, array(np.ones((1, *shape))))
     centred = "bias" in str(jax.tree_util.tree_structure(params))
     oracle = Oracle(centred)

@@ -44,8 +44,12 @@ class Latents(nn.Module):
 
 
 def gather(model, params, x, **kwargs):
-  with linen.sow_statistics(**kwargs):
-    return model.apply({"params": params}, x, mutable=["intermediates"])[1]["intermediates"]
+  @jax.jit
+  def forward(params, x):
+    with linen.sow_statistics(**kwargs):
+      return model.apply({"params": params}, x, mutable=["intermediates"])[1]["intermediates"]
+
+  return forward(params, x)
 
 
 def step(model, params, x, **kwargs):
@@ -54,9 +58,14 @@ def step(model, params, x, **kwargs):
       y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
     return jnp.mean(y**2), aux["intermediates"]
 
-  (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
   tx = bnp_optax.scale_by_bnp(debias=False)
-  return jax.jit(tx.update)(grads, tx.init(params), stats=stats)[0]
+
+  @jax.jit
+  def update(params):
+    (_, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return tx.update(grads, tx.init(params), stats=stats)[0]
+
+  return update(params)
 
 
 @pytest.fixture(scope="module")

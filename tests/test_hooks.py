@@ -169,6 +169,18 @@ def test_a_transposed_kernel(n, use_bias, mutable):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
 
 
+def test_large_variables_are_not_computed():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      turn = lambda tree: jax.tree.map(lambda a: a.T, tree)
+      layers = lambda module: nn.Sequential([nn.Dense(3_000_000), nn.Dense(2_000_000)])(x)
+      return nn.map_variables(layers, "params", turn, turn, mutable=True)(self)
+
+  layers = bnp_optax.linen.layers(Model(), jax.ShapeDtypeStruct((2, 5), jnp.float32))
+  assert [layout.feature for layout in layers.values()] == [(1,), (1,)]
+
+
 @jax.custom_vjp
 def binary(a):
   return jnp.sign(a)

@@ -72,7 +72,7 @@ def test_a_bias_with_axes_of_size_1_is_that_of_a_convolution():
   rng = np.random.default_rng(0)
   weight, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 2, 3, 3), (4, 1, 1)))
   inputs = jnp.asarray(rng.normal(2, 1, (5, 9, 2)), jnp.float32)
-  tx = bnp_optax.bnp(optax.sgd(0.1), layers={("conv", "weight"): layout})
+  tx = problems.compiled(bnp_optax.bnp(optax.sgd(0.1), layers={("conv", "weight"): layout}))
   updates = []
   for b in (bias, bias.ravel()):
     params = {"conv": {"weight": weight, "bias": b}}

@@ -168,9 +168,13 @@ def test_layers_in_contexts_that_the_model_enters(exact_windows):
   assert layers["conv", "kernel"].exact_windows == exact_windows
   params = jax.jit(Model().init)(jax.random.key(0), x)["params"]
   tx = bnp_optax.scale_by_bnp(layers=layers)
-  with sow_statistics():
-    _, aux = Model().apply({"params": params}, x, mutable=["intermediates"])
-  tx.update(params, tx.init(params), stats=aux["intermediates"])
+
+  def step(params):
+    with sow_statistics():
+      _, aux = Model().apply({"params": params}, x, mutable=["intermediates"])
+    return tx.update(params, tx.init(params), stats=aux["intermediates"])
+
+  jax.eval_shape(step, params)
 
 
 @pytest.mark.parametrize("axis_name", ["batch", ("model", "batch")])

@@ -29,16 +29,10 @@ def canonical_layers(draw):
 
 
 def make(layer):
-  full = lambda x: jnp.full((layer["w"].shape[0], 1, 1), float(x))
-  return _preconditioner.make_preconditioner(
-    jnp.asarray(layer["mu"]),
-    jnp.asarray(layer["sigma2"]),
-    layer["w"].shape[1],
-    full(layer["examples"]),
-    full(layer["positions"]),
-    jnp.asarray(1e-2),
-    jnp.asarray(1e-4),
-  )
+  full = lambda x: np.full((layer["w"].shape[0], 1, 1), float(x))
+  make = jax.jit(_preconditioner.make_preconditioner, static_argnums=2)
+  window, rows = layer["w"].shape[1], (full(layer["examples"]), full(layer["positions"]))
+  return make(layer["mu"], layer["sigma2"], window, *rows, np.asarray(1e-2), np.asarray(1e-4))
 
 
 def explicit(layer, entry):

@@ -1,7 +1,6 @@
 """The running statistics: their state, one update, what is left out, and the two entry points."""
 
 import dataclasses
-import functools
 import re
 
 import chex
@@ -95,7 +94,7 @@ def test_dtypes(kernel):
 def test_batch_of_one_takes_the_variance_about_the_running_mean():
   params, (x, y) = problems.make(problems.MLP(), (1, 5))
   grads, stats = problems.grads_and_stats(problems.MLP(), params, (x, y))
-  tx = bnp_optax.scale_by_bnp(0.9, debias=False)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(0.9, debias=False))
   _, state = tx.update(grads, tx.init(params), stats=stats)
   mean = 0.1 * x[0]
   np.testing.assert_allclose(state.input_mean["first"]["kernel"], mean, rtol=1e-6)
@@ -119,7 +118,7 @@ def test_a_layer_without_bias_uses_the_second_moment():
 def test_dead_features_stay_finite():
   params, (x, y) = problems.make(problems.MLP(), (8, 5))
   x = x.at[:, 1].set(0).at[:, 2].set(3)
-  tx = bnp_optax.scale_by_bnp(0.0, debias=False)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(0.0, debias=False))
   state = tx.init(params)
   for inputs in (x, 0 * x):
     grads, stats = problems.grads_and_stats(problems.MLP(), params, (inputs, y))
@@ -134,7 +133,7 @@ def test_dead_features_stay_finite():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_statistics_that_are_not_finite_never_enter_the_state(bad):
   params, (x, y) = problems.make(problems.MLP(), (8, 5))
-  tx = bnp_optax.scale_by_bnp(debias=False)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(debias=False))
   grads, stats = problems.grads_and_stats(problems.MLP(), params, (x, y))
   _, state = tx.update(grads, tx.init(params), stats=stats)
 
@@ -174,14 +173,14 @@ def test_an_accelerator_leaves_out_the_same_statistics(
   rng = np.random.default_rng(0)
   new, old = rng.lognormal(size=(2, 2, *layout.statistics_shape(shape))).astype(np.float32)
   new[which].flat[1] = bad
-  check = functools.partial(_running._check, layout, shape, jnp.asarray(new), jnp.asarray(old))
-  expected = check(epsilon)
+  check = lambda: jax.jit(lambda *args: _running._check(layout, shape, *args, epsilon))(new, old)
+  expected = check()
 
   def default_form(*args, cpu, default):
     return default(*args)
 
   monkeypatch.setattr(jax.lax, "platform_dependent", default_form)
-  actual = check(epsilon)
+  actual = check()
   chex.assert_trees_all_equal(actual, expected, strict=True)
   assert np.all(expected[0]) == np.isfinite(bad)
 
@@ -189,7 +188,7 @@ def test_an_accelerator_leaves_out_the_same_statistics(
 def test_gradients_that_are_not_finite_are_passed_on(mlp):
   params, grads, stats = mlp
   grads = {**grads, "first": jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads["first"])}
-  tx = bnp_optax.scale_by_bnp(debias=False)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(debias=False))
   updates, state = tx.update(grads, tx.init(params), stats=stats)
   assert np.isnan(updates["first"]["kernel"]).any()
   chex.assert_tree_all_finite((updates["second"], state))
@@ -200,7 +199,7 @@ def test_each_map_of_a_stack_is_left_out_and_counted_alone():
   x = np.random.default_rng(0).normal(size=(8, 3, 5)).astype(np.float32)
   x[0, :2, 0] = np.nan
   stats = {"statistics": bnp_optax.layer_statistics(jnp.asarray(x), examples=8, rows=8, stack=1)}
-  tx = bnp_optax.scale_by_bnp(layers={("kernel",): KernelLayout().stacked([0])})
+  tx = problems.compiled(bnp_optax.scale_by_bnp(layers={("kernel",): KernelLayout().stacked([0])}))
   _, state = tx.update(params, tx.init(params), stats=stats)
   assert state.nonfinite_count == 2
   np.testing.assert_array_equal(state.input_weight["kernel"][:, 0], [0, 0, 1])
@@ -211,7 +210,7 @@ def test_each_map_of_a_stack_is_left_out_and_counted_alone():
 
 def test_one_minus_the_decay_keeps_the_digits_of_float32(mlp):
   params, grads, stats = mlp
-  tx = bnp_optax.scale_by_bnp(0.99, debias=False)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(0.99, debias=False))
   _, state = tx.update(grads, tx.init(params), stats=stats)
   expected = 0.01 * np.asarray(stats["first"]["layer_statistics"].mean, np.float64)
   np.testing.assert_allclose(state.input_mean["first"]["kernel"], expected, rtol=2e-7)
@@ -223,7 +222,7 @@ def test_statistics_and_steps_are_those_of_the_paper():
     model = problems.CNN("float64")
     params, first = problems.make(model, (2, 6, 6, 3), "float64")
     batches = [first, *(problems.make(model, (2, 6, 6, 3), "float64", seed)[1] for seed in (1, 2))]
-    tx = bnp_optax.scale_by_bnp(0.9, debias=False)
+    tx = problems.compiled(bnp_optax.scale_by_bnp(0.9, debias=False))
     actual, state = params, tx.init(params)
     for batch in batches:
       grads, stats = problems.grads_and_stats(model, actual, batch)

@@ -21,7 +21,7 @@ DTYPE = {"param_dtype": jnp.float64}
 
 
 def normal(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(1, 2, shape))
+  return jax.device_put(np.random.default_rng(seed).normal(1, 2, shape))
 
 
 def loss(outputs):
@@ -135,8 +135,8 @@ def test_linen(name, exact_windows):
   model, x, options = Layer(call), normal(*shape), {"exact_windows": exact_windows}
   tapped = bnp_optax.linen.Tapped(model, examples=len(x), **options)
   layers = bnp_optax.linen.layers(model, x, **options)
-  params = tapped.init(jax.random.key(0), x)["params"]
-  plain = model.init(jax.random.key(0), x)["params"]
+  params = jax.jit(tapped.init)(jax.random.key(0), x)["params"]
+  plain = jax.jit(model.init)(jax.random.key(0), x)["params"]
   assert_close(bnp_optax.linen.remove_taps(params), plain, rtol=0)
 
   grads = jax.jit(jax.grad(lambda p: loss(tapped.apply({"params": p}, x))))(params)
@@ -144,7 +144,7 @@ def test_linen(name, exact_windows):
   assert_close(bnp_optax.linen.remove_taps(grads), sown_grads)
   assert_same_statistics(from_taps(grads), by_kernel(stats, LayerStatistics), layers)
 
-  tx = bnp_optax.scale_by_bnp(layers=layers)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(layers=layers))
   updates, _ = tx.update(grads, tx.init(params))
   expected, _ = tx.update(sown_grads, tx.init(plain), stats=stats)
   assert_close(bnp_optax.linen.remove_taps(updates), expected)
@@ -192,15 +192,16 @@ NNX = {
 @pytest.mark.parametrize("name", NNX)
 @pytest.mark.usefixtures("standard_promotion")
 def test_nnx(name):
-  make, shape = NNX[name]
-  x, plain = normal(*shape), make(nnx.Rngs(0))
+  layer, shape = NNX[name]
+  make = nnx.jit(lambda: layer(nnx.Rngs(0)))
+  x, plain = normal(*shape), make()
 
   def loss_fn(model):
     with bnp_optax.nnx.sow_statistics():
       y, stats = nnx.capture(model, bnp_optax.nnx.Statistics)(x)
     return loss(y), stats
 
-  tapped = bnp_optax.nnx.Tapped(make(nnx.Rngs(0)), x, examples=len(x))
+  tapped = bnp_optax.nnx.Tapped(make(), x, examples=len(x))
   grads = nnx.jit(nnx.grad(lambda model: loss(model(x))))(tapped)
   sown_grads, stats = nnx.jit(nnx.grad(loss_fn, has_aux=True))(plain)
   actual = {path[1:]: s for path, s in from_taps(grads).items()}
@@ -212,10 +213,11 @@ def test_nnx(name):
   assert len(tapped_layers.entries) == len(layers.entries)
   adam = optax.adam(1e-2)
   optimizer = nnx.Optimizer(tapped, bnp_optax.bnp(adam, layers=tapped_layers), wrt=nnx.Param)
-  optimizer.update(tapped, grads)
-  assert not any(map(jnp.any, jax.tree.leaves(nnx.state(tapped, bnp_optax.nnx.Tap))))
+  update = nnx.jit(lambda optimizer, *args, **extra: optimizer.update(*args, **extra))
+  update(optimizer, tapped, grads)
+  assert not any(map(np.any, jax.tree.leaves(nnx.state(tapped, bnp_optax.nnx.Tap))))
   sown_optimizer = nnx.Optimizer(plain, bnp_optax.bnp(adam, layers=layers), wrt=nnx.Param)
-  sown_optimizer.update(plain, sown_grads, stats=stats)
+  update(sown_optimizer, plain, sown_grads, stats=stats)
   bnp_optax.nnx.remove_taps(tapped)
   assert_close(nnx.state(tapped.model, nnx.Param), nnx.state(plain, nnx.Param))
 
@@ -294,7 +296,7 @@ SINGLE = bnp_optax.linen.Tapped(Model(), examples=8, example_axes=0)
 def whole():
   """The parameters with taps, a batch, and its gradient and statistics as they are sown."""
   x = normal(*X)
-  params = TAPPED.init(jax.random.key(0), x)["params"]
+  params = jax.jit(TAPPED.init)(jax.random.key(0), x)["params"]
   return params, x, *sown_linen(Model(), bnp_optax.linen.remove_taps(params), x)
 
 
@@ -382,11 +384,11 @@ def test_multi_steps(whole):
   params, x, grads, stats = whole
   plain = bnp_optax.linen.remove_taps(params)
   tx = optax.chain(bnp_optax.scale_by_bnp(), optax.sgd(0.1))
-  steps = problems.multi_steps(tx, 4)
+  steps = problems.compiled(problems.multi_steps(tx, 4))
   state = steps.init(params)
   for part in split(x):
     updates, state = steps.update(jax.jit(jax.grad(batch_loss))(params, part), state, params)
-  expected, _ = tx.update(grads, tx.init(plain), stats=stats)
+  expected, _ = problems.compiled(tx).update(grads, tx.init(plain), stats=stats)
   assert_close(bnp_optax.linen.remove_taps(updates), expected)
 
 
@@ -395,7 +397,7 @@ def test_clipping_before_bnp_clips_the_gradient_alone(whole, limit):
   params, x, grads, stats = whole
   plain = bnp_optax.linen.remove_taps(params)
   clip = optax.clip_by_global_norm(limit)
-  tx = optax.chain(clip, bnp_optax.bnp(optax.adam(1e-2)))
+  tx = problems.compiled(optax.chain(clip, bnp_optax.bnp(optax.adam(1e-2))))
   actual = jax.jit(jax.grad(batch_loss))(params, x)
   assert_close(optax.tree.norm(actual), optax.tree.norm(grads))
   with jax.numpy_dtype_promotion("standard"):
@@ -416,7 +418,7 @@ def test_rnn_by_default_and_a_layer_that_does_not_reach_the_loss():
       return nn.Dense(2, name="head", **DTYPE)(h[:, -1])
 
   x, model = normal(4, 6, 3), bnp_optax.linen.Tapped(Net(), examples=4)
-  params = model.init(jax.random.key(0), x)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), x)["params"]
   grads = jax.jit(jax.grad(lambda p: loss(model.apply({"params": p}, x))))(params)
   stats = {path[-2]: s for path, s in from_taps(grads).items()}
   assert (stats["in"].examples, stats["in"].rows) == (4, 24)
@@ -424,7 +426,7 @@ def test_rnn_by_default_and_a_layer_that_does_not_reach_the_loss():
   np.testing.assert_allclose(stats["in"].variance, np.var(x, (0, 1)), 1e-12)
   assert (stats["unused"].examples, stats["unused"].rows) == (0, 0)
 
-  tx = bnp_optax.scale_by_bnp()
+  tx = problems.compiled(bnp_optax.scale_by_bnp())
   updates, state = tx.update(grads, tx.init(params))
   assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
   assert state.nonfinite_count == 1
@@ -437,7 +439,7 @@ def test_rnn_by_default_and_a_layer_that_does_not_reach_the_loss():
 def test_nnx_rnn_by_default():
   x = normal(4, 6, 4)
   model = bnp_optax.nnx.Tapped(nnx.RNN(nnx.GRUCell(4, 3, rngs=nnx.Rngs(0), **DTYPE)), x, examples=4)
-  stats = from_taps(nnx.grad(lambda model: loss(model(x)))(model))
+  stats = from_taps(nnx.jit(nnx.grad(lambda model: loss(model(x))))(model))
   dense_i = stats["model", "cell", "dense_i", "kernel"]
   assert (dense_i.examples, dense_i.rows) == (4, 24)
   np.testing.assert_allclose(dense_i.mean, np.mean(x, (0, 1)), 1e-12)
@@ -447,7 +449,7 @@ def test_nnx_rnn_by_default():
 @pytest.mark.usefixtures("standard_promotion")
 def test_taps_stay_zero(whole, inner):
   params, x, *_ = whole
-  tx = bnp_optax.bnp(inner)
+  tx = problems.compiled(bnp_optax.bnp(inner))
   state = tx.init(params)
   for _ in range(2):
     updates, state = tx.update(jax.jit(jax.grad(batch_loss))(params, x), state, params)
@@ -462,7 +464,7 @@ def test_taps_are_added_to_parameters_and_serialized(whole):
   params, x, *_ = whole
   plain = bnp_optax.linen.remove_taps(params)
   assert set(plain["Dense_0"]) == {"kernel", "bias"}
-  assert_close(plain, Model().init(jax.random.key(0), x)["params"], rtol=0)
+  assert_close(plain, jax.jit(Model().init)(jax.random.key(0), x)["params"], rtol=0)
   _, variables = TAPPED.apply({"params": plain}, x, mutable=["params"])
   assert_close(variables["params"], params, rtol=0)
   restored = serialization.from_bytes(params, serialization.to_bytes(params))
@@ -482,7 +484,7 @@ def test_map_params_reaches_every_parameter_once(whole):
 
 def test_statistics_that_are_given_are_used(whole):
   params, x, _, stats = whole
-  tx = bnp_optax.scale_by_bnp()
+  tx = problems.compiled(bnp_optax.scale_by_bnp())
   grads = jax.jit(jax.grad(batch_loss))(params, x)
   doubled = jax.tree.map(lambda x: 2 * x, stats)
   updates, _ = tx.update(grads, tx.init(params), stats=doubled)
@@ -504,7 +506,7 @@ def test_a_loss_of_a_derivative_of_the_model():
   """Forces are the gradient of an energy with respect to the inputs."""
   model, x = nn.Sequential([nn.Dense(4, **DTYPE), jnp.tanh, nn.Dense(1, **DTYPE)]), normal(6, 3)
   tapped = bnp_optax.linen.Tapped(model, examples=6)
-  params = tapped.init(jax.random.key(0), x)["params"]
+  params = jax.jit(tapped.init)(jax.random.key(0), x)["params"]
 
   def loss_fn(params, apply=tapped.apply):
     def energy(x):
@@ -516,7 +518,8 @@ def test_a_loss_of_a_derivative_of_the_model():
 
   grads = jax.jit(jax.grad(loss_fn))(params)
   plain = bnp_optax.linen.remove_taps(params)
-  assert_close(bnp_optax.linen.remove_taps(grads), jax.grad(loss_fn)(plain, model.apply))
+  plain_grads = jax.jit(jax.grad(loss_fn), static_argnums=1)(plain, model.apply)
+  assert_close(bnp_optax.linen.remove_taps(grads), plain_grads)
   assert_same_statistics(
     from_taps(grads), by_kernel(sown_linen(model, plain, x)[1], LayerStatistics)
   )
@@ -545,10 +548,10 @@ def test_a_tapped_model_within_another():
       return nn.Dense(2, **DTYPE)(x + shift)
 
   outer = bnp_optax.linen.Tapped(Outer(), examples=6, batch_argument=0)
-  params = inner.init(key, latents)["params"]
-  params = {"inner": params, "outer": outer.init(key, x, params)["params"]}
+  params = jax.jit(inner.init)(key, latents)["params"]
+  params = {"inner": params, "outer": jax.jit(outer.init)(key, x, params)["params"]}
   call = lambda p: loss(outer.apply({"params": p["outer"]}, x, p["inner"]))
-  stats = from_taps(jax.grad(call)(params))
+  stats = from_taps(jax.jit(jax.grad(call))(params))
   found = {path[0]: (int(s.examples), int(s.rows)) for path, s in stats.items()}
   assert found == {"inner": (5, 5), "outer": (6, 6)}
 
