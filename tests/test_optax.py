@@ -60,7 +60,7 @@ def stepper(tx, model=MODEL):
 
 def run(tx, params, batches, model=MODEL):
   """Take one step on each batch; return the parameters and the state."""
-  step, state = stepper(tx, model), tx.init(params)
+  step, state = stepper(tx, model), jax.jit(tx.init)(params)
   for batch in batches:
     params, state = step(params, state, batch)
   return params, state
