@@ -252,8 +252,7 @@ def _mapped_axes(
       # Compiled, with the value as an argument: other variables may be large, and are not computed.
       gradient = jax.jit(lambda x, v, y: jax.vjp(image_of, x, v)[1](y)[0])(probe, value, gradient)
       # The gradient of a kernel that is cast is rounded.
-      close = np.allclose(np.asarray(gradient, np.float32), probe.astype(np.float32), 0.05, 0)
-      return axes if close else None
+      return axes if np.allclose(np.float32(gradient), np.float32(probe), 0.05, 0) else None
   except Exception:
     return None
 

@@ -86,7 +86,7 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
     "--scale",
     choices=_SCALES,
     default="laptop",
-    help="smoke takes seconds, laptop (the default) minutes to an hour on two CPU cores",
+    help="smoke takes seconds to minutes, laptop (the default) minutes to an hour on two CPU cores",
   )
   add("--dataset", metavar="NAME", help=", ".join(data.NAMES))
   add("--epochs", type=int, metavar="INT", help="number of epochs")

@@ -136,6 +136,7 @@ BATCH_SIZES_FC = dataclasses.replace(
   scales={
     "smoke": SMOKE
     | {
+      "network": MLP((8, 8, 8)),
       "batch_sizes": (1, 60, 512),
       "images": 600,
       "methods": (
@@ -162,7 +163,7 @@ BATCH_SIZES_CNN = dataclasses.replace(
   claims=BATCH_SIZES_FC.claims[:-2],
   panels=(*BATCH_SIZES_FC.panels[:2], ("adam", "muon", "bnp_debias", "bnp_adam_debias")),
   scales={
-    "smoke": BATCH_SIZES_FC.scales["smoke"],
+    "smoke": BATCH_SIZES_FC.scales["smoke"] | {"network": CNN(filters=(4, 4, 4), width=8)},
     "laptop": {"epochs": 3, "seeds": 2, "images": 5_000},
   },
 )
@@ -253,7 +254,7 @@ VIT = Experiment(
     ),
   ),
   scales={
-    "smoke": SMOKE | {"images": 100},
+    "smoke": SMOKE | {"network": transformers.ViT(blocks=1, width=8), "images": 100},
     "laptop": {
       "epochs": 4,
       "seeds": 2,
@@ -269,7 +270,10 @@ LANGUAGE_MODEL = dataclasses.replace(
   title="Transformer that predicts the next character of Python's language reference",
   network=transformers.LanguageModel(),
   dataset="pydoc",
-  scales={**VIT.scales, "laptop": {**VIT.scales["laptop"], "rates": VIT.rates[1:], "images": None}},
+  scales={
+    "smoke": VIT.scales["smoke"] | {"network": transformers.LanguageModel(blocks=1, width=8)},
+    "laptop": {**VIT.scales["laptop"], "rates": VIT.rates[1:], "images": None},
+  },
 )
 
 FIRST = (QUICKSTART, OPTIMIZERS)

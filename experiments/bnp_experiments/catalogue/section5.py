@@ -2,7 +2,7 @@
 
 Each experiment has the settings of the paper, with the learning rates of its Tables 2 and 3. We
 chose the settings that the paper does not state, such as the number of epochs without a schedule.
-On two CPU cores the scale `laptop` takes minutes to an hour and `smoke` takes seconds.
+On two CPU cores the scale `laptop` takes minutes to an hour and `smoke` takes seconds to minutes.
 """
 
 import dataclasses
