@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.FLAGS}"
 # Most tests compile much and compute little; those of exactness use compiling.AS_USERS_DO.
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Traces make many objects that live on. By default, their collection takes 7 % of the time.
+# Traces make many objects that live on. With the default threshold, they are scanned too often.
 gc.set_threshold(100_000, 20, 50)
 
 # The budget of a test run. By hand: pytest --hypothesis-profile=thorough --hypothesis-seed=0

@@ -193,8 +193,8 @@ def test_a_line_search_goes_after_bnp():
   with pytest.raises(ValueError, match=r"value_fn= or grad=.*Put the line search after BNP"):
     inside.update(grad, inside.init(params), params, **arguments)
   after = optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.scale(-1.0), search)
-  update = jax.jit(lambda: after.update(grad, after.init(params), params, **arguments)[0])
-  updates = update()
+  step = jax.jit(lambda: after.update(grad, after.init(params), params, **arguments))
+  updates, _ = step()
   assert value_fn(optax.apply_updates(params, updates)) < value
 
 

@@ -574,7 +574,8 @@ bnp_optax.nnx.register(NnxNamed, "...d,fd->...f", kernel="w", bias="b")
 
 
 def nnx_update(model, x):
-  tx = bnp_optax.scale_by_bnp(layers=bnp_optax.nnx.layers(model, x, strict=True), debias=False)
+  layers = bnp_optax.nnx.layers(model, x, strict=True)
+  tx = problems.compiled(bnp_optax.scale_by_bnp(layers=layers, debias=False))
 
   def loss(model):
     with bnp_optax.nnx.sow_statistics():
@@ -582,7 +583,6 @@ def nnx_update(model, x):
     return jnp.mean(y**2), stats
 
   (_, stats), grads = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model)
-  tx = problems.compiled(tx)
   return nnx.to_pure_dict(tx.update(grads, tx.init(nnx.state(model)), stats=stats)[0])
 
 

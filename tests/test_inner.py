@@ -160,8 +160,8 @@ def test_the_decay_of_kernels_outside_leaves_the_biases_where_they_are(mlp):
   params, grads, stats = mlp
   grads = jax.tree.map(jnp.zeros_like, grads)
   decay = optax.add_decayed_weights(0.1, mask=kernels)
-  tx = optax.chain(bnp_optax.bnp(optax.scale_by_adam()), decay, optax.scale(-0.5))
-  tx = problems.compiled(tx)
+  adam = bnp_optax.bnp(optax.scale_by_adam())
+  tx = problems.compiled(optax.chain(adam, decay, optax.scale(-0.5)))
   updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
   for name, layer in updates.items():
     kernel = np.asarray(params[name]["kernel"], np.float64)

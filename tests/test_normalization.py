@@ -28,9 +28,12 @@ def apply(norm, stats, x, *, inference=False):
   return y, updates["batch_stats"]
 
 
+def init(norm, x):
+  return jax.jit(functools.partial(norm.init, use_running_average=False))(jax.random.key(0), x)
+
+
 def initial(norm, x):
-  init = jax.jit(functools.partial(norm.init, use_running_average=False))
-  variables = init(jax.random.key(0), x)
+  variables = init(norm, x)
   np.testing.assert_array_equal(variables["params"]["scale"], np.ones(8))
   np.testing.assert_array_equal(variables["params"]["bias"], np.zeros(8))
   return variables["batch_stats"]
@@ -193,8 +196,7 @@ def test_ghost_batch_norm_of_one_example_is_group_norm():
 def test_low_precision(norm):
   """Sums are those of float32, though a mean of 100 leaves bfloat16 no digit of a variance."""
   x = jnp.asarray(STEPS[3] + 100, jnp.bfloat16)
-  init = jax.jit(functools.partial(norm.init, use_running_average=False))
-  variables = init(jax.random.key(0), x)
+  variables = init(norm, x)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"float32"}
   apply = jax.jit(
     lambda x: norm.apply(variables, x, use_running_average=False, mutable=["batch_stats"])

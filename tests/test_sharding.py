@@ -39,7 +39,10 @@ def mesh(kind=AxisType.Explicit):
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("wrap", [bnp_optax.bnp, None])
-def test_the_steps_of_split_kernels(name, bias, wrap):
+@pytest.mark.parametrize(
+  "compile_", [jax.jit, pytest.param(lambda step: step, marks=pytest.mark.slow, id="uncompiled")]
+)
+def test_the_steps_of_split_kernels(name, bias, wrap, compile_):
   layout, shape, axes = LAYOUTS[name]
   rng = np.random.default_rng(0)
   array = lambda *shape: jax.device_put(rng.normal(size=shape).astype(np.float32))
@@ -65,13 +68,11 @@ def test_the_steps_of_split_kernels(name, bias, wrap):
     split = jax.tree.map(put, params, specs)
     state = jax.jit(tx.init)(split)
     features = P("data", *[None] * len(layout.stack), "model")
-    # Outside of jit, which compiles each operation by itself, one layout is enough.
-    for compile_ in (jax.jit, lambda function: function) if name == "dense" else (jax.jit,):
-      updates, new_state = compile_(step)(split, state, put(inputs, features))
-      assert jax.tree.map(lambda x: x.sharding.spec, updates) == specs
-      assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
-      for found, right in zip(*map(jax.tree.leaves, ((updates, new_state), expected)), strict=True):
-        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
+    updates, new_state = compile_(step)(split, state, put(inputs, features))
+    assert jax.tree.map(lambda x: x.sharding.spec, updates) == specs
+    assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
+    for found, right in zip(*map(jax.tree.leaves, ((updates, new_state), expected)), strict=True):
+      np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_with_split_heads():
