@@ -42,6 +42,6 @@ def check_layouts(layers: Any) -> None:
     return
   raise TypeError(
     "layers= must map the path of each kernel, a tuple of names, to its KernelLayout. Pass "
-    "bnp_optax.linen.layers(model, *inputs), bnp_optax.nnx.layers(model, *inputs), or such as "
+    "bnp_optax.linen.layers(model, *inputs), bnp_optax.nnx.layers(model, *inputs), or for example "
     f'{{("dense", "w"): KernelLayout(bias="b")}}; got {layers!r}.'
   )

@@ -75,8 +75,8 @@ def _refuse_split_layers(
       if {kernel, bias} == {"zero", "nonzero"}:
         one, other = ("kernel", "bias") if bias == "zero" else ("bias", "kernel")
         raise ValueError(
-          f"bnp: layer {layer}: the inner optimizer steps the {one} by its {what} and the {other} "
-          "not, as with a mask, freeze or set_to_zero on one of them. In BNP's coordinates a step "
+          f"bnp: layer {layer}: the inner optimizer changes the {one} through its {what} but not "
+          f"the {other}, as with a mask or freeze on one of them. In BNP's coordinates a step "
           "of the kernel moves the bias too. Decay kernels alone outside, as in "
           "optax.chain(bnp_optax.bnp(optax.scale_by_adam()), "
           "optax.add_decayed_weights(1e-4, mask), optax.scale(-rate)), and freeze a "

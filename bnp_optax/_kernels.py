@@ -102,8 +102,8 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
       raise ValueError(
         f"Layer {show_path(where)}: the bias has shape {bias.shape}, but its kernel of shape "
         f"{kernel.shape} requires {layout.bias_shape(kernel.shape)}. If the layer is not a plain "
-        "Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs), or that of "
-        "bnp_optax.nnx."
+        "Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs) or "
+        "layers=bnp_optax.nnx.layers(model, *inputs)."
       )
     layer = Layer(path, layout, i, j if bias is not None else None)
     for other in layers:

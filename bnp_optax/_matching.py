@@ -27,7 +27,7 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
     raise ValueError(
       "BNP needs the statistics of the forward pass: call tx.update(grads, state, params, "
       "stats=stats) with the statistics that sow_statistics of bnp_optax.linen or bnp_optax.nnx "
-      "gathered. A wrapper that drops extra arguments drops them too; so does bnp around another "
+      "gathered. Wrappers that drop extra arguments also drop stats. So does bnp around another "
       "transformation of BNP. If a trainer calls tx.update, give it Tapped(model, ...) of "
       "bnp_optax.linen or bnp_optax.nnx as the model."
     )
@@ -38,13 +38,19 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       'bnp_optax.linen.sow_statistics():` and with mutable=["intermediates"]; for NNX, within '
       "bnp_optax.nnx.sow_statistics and through nnx.capture(model, bnp_optax.nnx.Statistics). "
       "Enter the context inside the function that is jitted, around the call of the model. Classes "
-      "of your own report after bnp_optax.linen.register, or that of bnp_optax.nnx. stats "
+      "of your own report after bnp_optax.linen.register or bnp_optax.nnx.register. stats "
       f"is a tree of {jax.tree.structure(stats)}."
     )
   if missing := [layer for layer in layers if layer.path not in found]:
     levels = (
       "The paths differ in their first levels: pass the parameters of the model and its statistics "
-      'themselves, as in variables["params"] and aux["intermediates"]. '
+      'themselves, as in variables["params"] and aux["intermediates"].'
+    )
+    others = (
+      "If these layers did not run, or are not Dense or Conv, leave them out of BNP with "
+      "optax.masked or optax.partition, or list the layers that it preconditions with "
+      "layers=bnp_optax.linen.layers(model, *inputs) or bnp_optax.nnx.layers(model, *inputs). If "
+      "they ran under nn.vmap with shared parameters, pass sow_statistics(examples=...)."
     )
     ends = {path[-n:] for path in found for n in range(1, len(path))}
     nested = len(missing) == len(layers) and any(
@@ -52,11 +58,7 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
     )
     raise ValueError(
       f"No statistics for {', '.join(map(str, missing))}. There are statistics for "
-      f"{show_paths(map(layer_path, found))}. {levels * nested}"
-      "If these layers did not run, or are not Dense or Conv, leave them out of BNP with "
-      "optax.masked or optax.partition, or list the layers that it preconditions with "
-      "layers=bnp_optax.linen.layers(model, *inputs), or that of bnp_optax.nnx. If they ran under "
-      "nn.vmap with shared parameters, pass the number of examples as sow_statistics(examples=...)."
+      f"{show_paths(map(layer_path, found))}. {levels if nested else others}"
     )
   if without := {x: y for x in layers if isinstance(y := found[x.path], NoStatistics)}:
     raise ValueError(
@@ -82,7 +84,7 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
         f"statistics are of {reported}. Were they taken from another model, or under jax.vmap "
         "without sow_statistics(axis_name=...) and out_axes=None? If the layer is not a plain "
         "Dense or Conv, or ran under nn.scan or nn.vmap, pass "
-        "layers=bnp_optax.linen.layers(model, *inputs), or that of bnp_optax.nnx."
+        "layers=bnp_optax.linen.layers(model, *inputs) or bnp_optax.nnx.layers(model, *inputs)."
       )
     merged.append(statistics)
   return merged
@@ -131,7 +133,7 @@ def match_state(
     show_paths(dict.fromkeys(path[:-1] or path for path in x if path not in y))
     for x, y in ((expected, set(paths)), (paths, set(expected)))
   )
-  remedy = "Call tx.init; docs/recipes.md keeps the state of the layers that did not change"
+  remedy = 'Call tx.init, or keep a part, as in "A state of another model" in docs/recipes.md'
   if added or removed:
     found = [f"lacks {added}"] * bool(added) + [f"has {removed}, which they lack"] * bool(removed)
     raise ValueError(

@@ -254,6 +254,6 @@ def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
       f"Layer {name}: the mask of shape {mask.shape} does not fit its{exact} of "
       f"shape {call.inputs.shape}. It must be their leading shape, or begin with it. Give layers "
       'their own masks by the prefixes of their paths, as in mask={"encoder": mask, "decoder": '
-      "None} (Linen), or call the layer within its own sow_statistics context."
+      "None} (Linen), or call the layer within its own sow_statistics context (NNX)."
     )
   return jnp.any(mask, tuple(range(common, mask.ndim)))

@@ -79,9 +79,10 @@ def scale_by_bnp(
       least :math:`1 - 2 R / n` for a layer with :math:`n` inputs and :math:`R` rows in a batch.
     eps_relative: :math:`\epsilon_1 \geq 0`, relative to the largest variance of the layer's inputs.
     eps_absolute: :math:`\epsilon_2 \geq 0`.
-    debias: Whether the running mean and variance are exactly those of the rows of all batches so
-      far, where a batch of age :math:`a` has the weight :math:`\rho^a`. If False, they start from
-      mean 0 and variance 1, as in the paper, and are biased towards them for hundreds of steps.
+    debias: Whether the running mean and variance are weighted averages over all batches so far,
+      where a batch of age :math:`a` has the weight :math:`\rho^a`, whatever its number of rows. If
+      False, they start from mean 0 and variance 1, as in the paper, and are biased towards them for
+      hundreds of steps.
     lag_guard: Constant :math:`c \geq 0`, or None for no guard. With it, the step of each layer with
       a bias is divided by :math:`\max(1, (1 + l^2) / (1 + c n / R))`, where :math:`l^2` is the sum
       of :math:`(\mu_H - \mu)^2 / \tilde\sigma^2` over the :math:`n` inputs of one output, and
@@ -209,7 +210,7 @@ def bnp(
     An optimizer whose ``update`` takes the keyword ``stats``, as in `bnp_optax.scale_by_bnp`.
 
   Raises:
-    TypeError: In the cases of `bnp_optax.scale_by_bnp`.
+    TypeError: If `inner` is not an optimizer, and in the cases of `bnp_optax.scale_by_bnp`.
     ValueError: In the cases of `bnp_optax.scale_by_bnp`. From ``init``, if the inner optimizer
       keeps a copy of the parameters: the coordinates move with the statistics, and the copy would
       be in outdated ones; or if it leaves out the bias of a layer and not its kernel, or the
@@ -223,6 +224,8 @@ def bnp(
   running = RunningStatistics(
     decay, eps_relative, eps_absolute, debias, lag_guard, scale_layers, layers
   )
+  if not isinstance(inner, optax.GradientTransformation):
+    raise TypeError(f"inner must be an optimizer, such as optax.adam(1e-3), got {inner!r}.")
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> BnpState:

@@ -88,18 +88,18 @@ def sow_statistics(
 
   Args:
     examples: Number of examples that the loss is a mean over, an integer or a scalar array, the
-      same for every layer; with `axis_name`, the number in one part. None to count the leading axes
-      of each layer's inputs, which must then agree, without the examples that its mask leaves out.
+      same for every layer; with `axis_name` or micro-batches, the number in one part. None to count
+      the leading axes of each layer's inputs, without the examples that its mask leaves out; the
+      layers within the context must then agree.
     example_axes: Number of leading axes that count examples in the loss: 1 for a mean over
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
-    mask: True, or nonzero, for positions that count and False for padding. Its shape is the
-      leading shape of the inputs of every layer, including the zeros that a transposed
-      convolution inserts, such as ``[batch, time]``, or begins with it: for inputs ``[batch,
-      features]``, as those of a head after pooling or of a recurrent cell inside a scan over
-      time, an example counts if any of its positions does. A mapping from prefixes of the
-      layers' paths to masks or None gives each layer the mask of its longest prefix, as in
-      ``{"encoder": mask, "decoder": None, "": other}``. A layer without a prefix has no mask.
+    mask: True, or nonzero, for positions that count and False for padding. Its axes, such as
+      ``[batch]`` or ``[batch, time]``, are the leading axes of every layer's inputs, with the zeros
+      that a transposed convolution inserts. Where inputs lack some of them, as in a head after
+      pooling or a recurrent cell inside a scan, an example counts if any of its positions does. A
+      mapping from prefixes of the layers' paths to masks or None gives each layer the mask of its
+      longest prefix, as in ``{"encoder": mask, "": other}``. A layer without one has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
       `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch and are equal along the axis.
@@ -116,8 +116,8 @@ def sow_statistics(
   Raises:
     ValueError: If `examples` or `example_axes` is out of range. While tracing, if a layer's inputs
       have no rows or do not fit `mask`, if a prefix in `mask` is that of no layer, or if layers
-      disagree about the number of examples. Inputs that are complex are an error in ``update`` of
-      an optimizer that needs the layer's statistics.
+      of one context disagree about the number of examples. Inputs that are complex are an error in
+      ``update`` of an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
 

@@ -50,8 +50,8 @@ def sow_statistics(
 
   The linear layers are Linear, LinearGeneral, Einsum, Conv, ConvTranspose and LoRA, and the modules
   built from them, such as attention and recurrent cells. Each sows one `LayerStatistics` of its
-  inputs. Run the model through ``nnx.capture(model, Statistics)`` to get them. The model, its
-  outputs and its gradients stay the same. Several calls of a layer in one forward pass add rows.
+  inputs, and ``nnx.capture(model, Statistics)`` returns them. Outside of a capture nothing is sown.
+  The model, its outputs and its gradients stay the same. Several calls of a layer add rows.
 
   Enter it inside the function that is differentiated and jitted, around the call of the model. It
   is thread-safe: a context records the calls of its own thread.
@@ -107,9 +107,8 @@ def sow_statistics(
 
   Raises:
     ValueError: If `mask` is a mapping, or if `examples` or `example_axes` is out of range. While
-      tracing, if a layer is called outside of ``nnx.capture(model, Statistics)``, if its inputs
-      have no rows or do not fit `mask`, or if layers disagree about the number of examples. Inputs
-      that are complex are an error in ``update`` of an optimizer that needs the layer's statistics.
+      tracing, if a layer's inputs have no rows or do not fit `mask`, or if layers of one context
+      disagree about the number of examples. Inputs that are complex are an error in ``update``.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
   if isinstance(mask, Mapping):

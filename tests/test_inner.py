@@ -44,46 +44,61 @@ def then_decay(function, mask=kernels):
 @pytest.mark.parametrize(
   ("inner", "match"),
   [
-    (optax.adamw(0.1, mask=kernels), "first: .* steps the kernel by its values and the bias not"),
-    (optax.lion(0.1, weight_decay=0.1, mask=biases), "the bias by its values and the kernel not"),
-    (then_decay(lambda g: g.T.T, biases), "the bias by its values and the kernel not"),
-    (optax.contrib.muon(0.1, weight_decay=0.1), "the kernel by its values and the bias not"),
+    (
+      optax.adamw(0.1, mask=kernels),
+      "first: .* changes the kernel through its values but not the bias",
+    ),
+    (
+      optax.lion(0.1, weight_decay=0.1, mask=biases),
+      "the bias through its values but not the kernel",
+    ),
+    (then_decay(lambda g: g.T.T, biases), "the bias through its values but not the kernel"),
+    (optax.contrib.muon(0.1, weight_decay=0.1), "the kernel through its values but not the bias"),
     (
       optax.chain(optax.sgd(0.1), optax.freeze(biases)),
-      "the kernel by its gradient and the bias not",
+      "the kernel through its gradient but not the bias",
     ),
-    (optax.chain(optax.sgd(0.1), optax.freeze(frozen)), "first: .* the bias by its gradient"),
+    (optax.chain(optax.sgd(0.1), optax.freeze(frozen)), "first: .* the bias through its gradient"),
     (
       optax.partition({"kernel": optax.adam(0.1), "bias": optax.set_to_zero()}, PARTS),
-      "the kernel by its gradient and the bias not",
+      "the kernel through its gradient but not the bias",
     ),
     (
       optax.inject_hyperparams(optax.adamw, static_args="mask")(0.1, mask=kernels),
-      "the kernel by its values and the bias not",
+      "the kernel through its values but not the bias",
     ),
     # Steps that depend on all values and gradients of a leaf, or are chosen by a condition.
-    (optax.chain(decayed_kernels(), optax.adaptive_grad_clip(0.03)), "the kernel by its values"),
-    (optax.chain(optax.clip(1.0), decayed_kernels()), "the kernel by its values"),
-    (optax.lamb(0.1, weight_decay=0.1, mask=kernels), "the kernel by its values"),
+    (
+      optax.chain(decayed_kernels(), optax.adaptive_grad_clip(0.03)),
+      "the kernel through its values",
+    ),
+    (optax.chain(optax.clip(1.0), decayed_kernels()), "the kernel through its values"),
+    (optax.lamb(0.1, weight_decay=0.1, mask=kernels), "the kernel through its values"),
     (
       optax.adafactor(0.1, weight_decay_rate=0.1, weight_decay_mask=kernels),
-      "the kernel by its values",
+      "the kernel through its values",
     ),
-    (decayed_kernels(optax.warmup_cosine_decay_schedule(0, 0.1, 5, 9)), "the kernel by its values"),
-    (optax.chain(decayed_kernels(), optax.contrib.reduce_on_plateau()), "the kernel by its values"),
+    (
+      decayed_kernels(optax.warmup_cosine_decay_schedule(0, 0.1, 5, 9)),
+      "the kernel through its values",
+    ),
+    (
+      optax.chain(decayed_kernels(), optax.contrib.reduce_on_plateau()),
+      "the kernel through its values",
+    ),
     (
       optax.MultiSteps(decayed_kernels(), 2).gradient_transformation(),
-      "the kernel by its values",
+      "the kernel through its values",
     ),
     (
       optax.apply_if_finite(optax.chain(optax.sgd(0.1), optax.freeze(biases)), 3),
-      "the kernel by its gradient",
+      "the kernel through its gradient",
     ),
     (
       optax.MultiSteps(
         optax.chain(optax.sgd(0.1), optax.freeze(biases)), 2
       ).gradient_transformation(),
-      "the kernel by its gradient",
+      "the kernel through its gradient",
     ),
   ],
 )
@@ -107,7 +122,9 @@ def test_a_kernel_and_its_bias_apart(inner, match, mlp):
 )
 def test_a_decay_of_kernels_after_steps_that_are_zero_without_a_gradient(inner, mlp):
   raises(
-    "first: .* steps the kernel by its values and the bias not", bnp_optax.bnp(inner).init, mlp[0]
+    "first: .* changes the kernel through its values but not the bias",
+    bnp_optax.bnp(inner).init,
+    mlp[0],
   )
 
 

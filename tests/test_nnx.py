@@ -456,15 +456,40 @@ def test_a_function_traced_before_without_axis_name():
 
 def test_without_capture():
   model, x = MLP(rngs()), uniform(N, 5)
-  with pytest.raises(ValueError, match=r"nnx.capture\(model, bnp_optax.nnx.Statistics\)"):
-    nnx.jit(loss_fn_without)(model, x)
-  with sow_statistics(), pytest.raises(ValueError, match="its statistics are not captured"):
-    nnx.capture(model, nnx.Intermediate)(x)
-
-
-def loss_fn_without(model, x):
+  before = nnx.state(model)
   with sow_statistics():
-    return jnp.sum(model(x))
+    y, sown = nnx.capture(model, nnx.Intermediate)(x)
+    chex.assert_trees_all_equal(model(x), y)
+  # Nothing is left in the model.
+  chex.assert_trees_all_equal(nnx.state(model), before)
+  tx = bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match=r"nnx.capture\(model, bnp_optax.nnx.Statistics\)"):
+    tx.update(before, tx.init(before), stats=sown)
+
+
+class MasksOfItsParts(nnx.Module):
+  """A model that enters the context of each part itself."""
+
+  def __init__(self, rngs):
+    self.encoder = nnx.Linear(5, 4, rngs=rngs)
+    self.decoder = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x, source=None, target=None):
+    with sow_statistics(mask=source):
+      x = self.encoder(x)
+    with sow_statistics(mask=target):
+      return self.decoder(x)
+
+
+def test_contexts_of_the_model_itself():
+  model, x = MasksOfItsParts(rngs()), uniform(N, 5)
+  source, target = jnp.arange(N) < 2, jnp.arange(N) < 3
+  y, stats = nnx.capture(model, Statistics)(x, source, target)
+  assert [statistics(stats, part).rows for part in ("encoder", "decoder")] == [2, 3]
+  # Evaluation captures nothing, with and without jit.
+  chex.assert_trees_all_equal(model(x), y)
+  chex.assert_trees_all_close(nnx.jit(lambda model, x: model(x))(model, x), y)
+  assert not nnx.state(model, Statistics)
 
 
 def test_without_context():

@@ -86,13 +86,20 @@ def _add_choice(command: argparse.ArgumentParser) -> None:
     "--scale",
     choices=_SCALES,
     default="laptop",
-    help="smoke takes seconds to minutes, laptop (the default) minutes to an hour on two CPU cores",
+    help="smoke takes seconds to minutes, laptop (the default) minutes to an hour on two cores; "
+    "paper is the paper's own setting, for a GPU or TPU",
   )
   add("--dataset", metavar="NAME", help=", ".join(data.NAMES))
   add("--epochs", type=int, metavar="INT", help="number of epochs")
   add("--seeds", type=int, metavar="INT", help="number of runs of each method")
   add("--batch-sizes", type=int, nargs="+", metavar="INT", help="the batch sizes to compare")
-  add("--methods", nargs="+", metavar="NAME", help="the methods to compare, such as sgd or bnp")
+  add(
+    "--methods",
+    nargs="+",
+    metavar="NAME",
+    help="the methods to compare, such as sgd or bnp; bnp has the paper's start and bnp_debias the "
+    "library's default, which is that of all methods of quickstart",
+  )
   add(
     "--out",
     type=pathlib.Path,
