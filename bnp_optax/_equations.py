@@ -4,7 +4,7 @@ An equation of `jax.numpy.einsum` of the inputs and the kernel defines them: axe
 alone are rows, axes of all three operands are a stack, axes that are summed are features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import inspect
 import re
 from typing import Any
@@ -29,13 +29,28 @@ def check_equation(equation: str) -> None:
     )
 
 
-def check_registration(layer_class: type, equation: Equation, method: str) -> None:
-  """Raise ValueError if the calls of a class cannot be read by an equation."""
+def check_registration(
+  layer_class: type,
+  equation: Equation,
+  method: str,
+  kernel: str,
+  covered: Iterable[Collection[str]],
+) -> None:
+  """Raise ValueError if the calls of a class cannot be read by an equation, or would count twice.
+
+  ``covered`` holds the kernels that the methods of its base classes report.
+  """
   if isinstance(equation, str):
     check_equation(equation)
   if method not in vars(layer_class):
     raise ValueError(
       f"{layer_class.__name__} does not define {method}: register the class that defines it."
+    )
+  names = inspect.unwrap(vars(layer_class)[method]).__code__.co_names
+  if {"super", method} <= {*names} and any(kernel in kernels for kernels in covered):
+    raise ValueError(
+      f"{layer_class.__name__}: its {method} calls that of a base class, which reports {kernel} "
+      "already. Its rows would count twice: do not register it."
     )
 
 
@@ -48,15 +63,8 @@ def equation_call(
 ) -> Call:
   """Return the call of a layer that computes ``einsum(equation, inputs, kernel)`` plus a bias.
 
-  Args:
-    equation: The equation.
-    inputs: The inputs.
-    shape: Shape of the kernel; empty if the layer itself checks that the equation fits.
-    kernel: Name of the kernel leaf.
-    bias: Name of the bias leaf, ``[*stack, *output]``; None without.
-
-  Raises:
-    ValueError: If the equation does not fit the shapes.
+  The bias is ``[*stack, *output]``. Without a shape of the kernel, the layer itself checks that the
+  equation fits; otherwise, one that does not fit is a ValueError.
   """
   check_equation(equation)
   equation = equation.replace(" ", "")
@@ -115,18 +123,9 @@ def own_call(
   equation: str,
   bias: str | None,
 ) -> Call:
-  """Return the call of a layer whose class is not Flax's own.
+  """Return the call of a layer whose class is not Flax's own, from the shapes of its parameters.
 
-  Args:
-    layer: Name of the layer in errors.
-    shapes: Shapes of its parameters.
-    kernel: Name of the kernel.
-    inputs: The inputs that the kernel is multiplied by.
-    equation: The equation of their product.
-    bias: Name of the bias.
-
-  Raises:
-    ValueError: If there is no such kernel, or if shapes do not fit the equation.
+  It raises ValueError if there is no such kernel, or if shapes do not fit the equation.
   """
   if kernel not in shapes:
     names = ", ".join(shapes) or "none"
@@ -150,11 +149,7 @@ def equation_reader(
 ) -> Callable[..., list[Call]]:
   """Return the reader of a registered class.
 
-  Args:
-    equation: The equation, or a function that returns it with the inputs.
-    kernel: Name of the kernel.
-    bias: Name of the bias.
-    call: Makes the call: ``call(layer, kernel, inputs, equation, bias)``.
+  It makes its calls by ``call(layer, kernel, inputs, equation, bias)``.
   """
 
   def read(

@@ -17,9 +17,12 @@ any, under nn.scan   the scanned axis before    as above                as above
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_ROLES = ("stack", "window", "feature", "output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,9 @@ calls=(), bias='bias')
       called, for example by a scan over time. Their rows add; their examples are the same.
     bias: Name of the bias leaf beside the kernel. The layer may have none. Empty for a layer that
       never has one.
+
+  Raises:
+    ValueError: Unless each axis of the kernel has one role.
   """
 
   stack: tuple[int, ...] = ()
@@ -60,6 +66,16 @@ calls=(), bias='bias')
   exact_windows: bool = False
   calls: tuple[int, ...] = ()
   bias: str = "bias"
+
+  def __post_init__(self) -> None:
+    """Raise ValueError unless the roles hold each axis of a kernel once."""
+    roles = {role: getattr(self, role) for role in _ROLES}
+    axes = [axis for role in roles.values() if isinstance(role, tuple) for axis in role]
+    if sorted(axes) != [*range(len(axes))] or not all(isinstance(x, tuple) for x in roles.values()):
+      raise ValueError(
+        "KernelLayout: stack, window, feature and output must be tuples that together hold each "
+        f"axis of the kernel once, counted from 0, got {roles}."
+      )
 
   @classmethod
   def by_convention(cls, ndim: int) -> "KernelLayout":
@@ -93,8 +109,8 @@ calls=(), bias='bias')
       axes: Positions of the new axes in the kernel that has all of them.
     """
     rest = [axis for axis in range(self.ndim + len(axes)) if axis not in axes]
-    layout = self.moved(rest)
-    return dataclasses.replace(layout, stack=(*axes, *layout.stack))
+    moved = self._moved(rest)
+    return dataclasses.replace(self, **{**moved, "stack": (*axes, *moved["stack"])})
 
   def moved(self, axes: Sequence[int]) -> "KernelLayout":
     """Return the layout after axis ``i`` of the kernel became ``axes[i]``.
@@ -107,9 +123,10 @@ calls=(), bias='bias')
     Args:
       axes: New position of each axis.
     """
-    roles = ("stack", "window", "feature", "output")
-    moved = {role: tuple(axes[axis] for axis in getattr(self, role)) for role in roles}
-    return dataclasses.replace(self, **moved)
+    return dataclasses.replace(self, **self._moved(axes))
+
+  def _moved(self, axes: Sequence[int]) -> dict[str, Any]:
+    return {role: tuple(axes[axis] for axis in getattr(self, role)) for role in _ROLES}
 
   def statistics_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of the layer's mean and variance.

@@ -74,13 +74,18 @@ def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> 
 
   def split(xs: Mapping[Any, Any]) -> Any:
     reporter = active.get()
-    # The gradient carries the statistics of a TapReporter out of a transform.
-    if not isinstance(reporter, Reporter):
-      return original(xs)
     axes, own = (
       [getattr(axis, "axis", axis) for name, axis in xs.items() if in_filter(name, collection)]
       for collection in ("params", COLLECTION)
     )
+    # The gradient carries the statistics of a TapReporter out of a transform.
+    if not isinstance(reporter, Reporter):
+      if reporter is not None and any(axes):
+        raise ValueError(
+          f"Tapped: nn.scan or nn.vmap stacks the parameters along axis {axes[0]}, but taps need "
+          "axis 0: use variable_axes={'params': 0}."
+        )
+      return original(xs)
     # A scan that shares its parameters does not name them here. A vmap does, and may map
     # examples: their number is then not that of the layers' inputs.
     known = not axes or axes[0] is not None or reporter.fixed_examples

@@ -81,18 +81,6 @@ def register(
     >>> layers[("w",)].feature, layers[("w",)].output
     ((1,), (0,))
 
-    A layer that takes the equation as an argument:
-
-    >>> class Einsum(nn.Module):
-    ...   shape: tuple[int, ...]
-    ...   @nn.compact
-    ...   def __call__(self, equation, x):
-    ...     return jnp.einsum(equation, x, self.param("w", nn.initializers.normal(), self.shape))
-    >>> bnp_optax.linen.register(
-    ...   Einsum, lambda layer, equation, x: (x, equation), kernel="w", bias=None)
-    >>> len(bnp_optax.linen.layers(Einsum((2, 5, 3)), "bd,hdk->bhk", jnp.ones((4, 5))))
-    1
-
   Args:
     layer_class: The class. A subclass that overrides the method is covered where it calls the
       original one.
@@ -105,11 +93,14 @@ def register(
     method: Name of the method that multiplies.
 
   Raises:
-    ValueError: If the equation is not one of inputs and kernel, or if the class does not define the
-      method. While tracing a model, if a layer of the class has no such kernel, or if shapes do not
-      fit the equation; the message names the layer.
+    ValueError: If the equation is not one of inputs and kernel, if the class does not define the
+      method, or if its method calls one that reports the same kernel. While tracing a model, if a
+      layer of the class has no such kernel, or if shapes do not fit the equation; the message names
+      the layer.
   """
-  check_registration(layer_class, equation, method)
+  bases = [vars(base).get(method) for base in layer_class.__mro__[1:]]
+  covered = [_READERS.get(inspect.unwrap(base), ()) for base in bases if base]
+  check_registration(layer_class, equation, method, kernel, covered)
   readers = _READERS.setdefault(inspect.unwrap(vars(layer_class)[method]), {})
   readers[kernel] = equation_reader(equation, kernel, bias, _own_call)
 

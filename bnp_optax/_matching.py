@@ -38,8 +38,9 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       'bnp_optax.linen.sow_statistics():` and with mutable=["intermediates"]; for NNX, within '
       "bnp_optax.nnx.sow_statistics and through nnx.capture(model, bnp_optax.nnx.Statistics). "
       "Enter the context inside the function that is jitted, around the call of the model. Classes "
-      "of your own report after bnp_optax.linen.register or bnp_optax.nnx.register. stats "
-      f"is a tree of {jax.tree.structure(stats)}."
+      "of your own report after bnp_optax.linen.register or bnp_optax.nnx.register. Under nn.vmap "
+      "with shared parameters, pass sow_statistics(examples=...). stats is a tree of "
+      f"{jax.tree.structure(stats)}."
     )
   if missing := [layer for layer in layers if layer.path not in found]:
     levels = (

@@ -95,7 +95,8 @@ def register(
   Raises:
     ValueError: As in `bnp_optax.linen.register`.
   """
-  check_registration(layer_class, equation, method)
+  covered = [_READERS.get((base, method), ()) for base in layer_class.__mro__[1:]]
+  check_registration(layer_class, equation, method, kernel, covered)
   readers = _READERS.setdefault((layer_class, method), {})
   readers[kernel] = equation_reader(equation, kernel, bias, _own_call)
 

@@ -152,16 +152,9 @@ def statistics_reporter(
   exact_windows: bool,
   exclude: Exclude | None = None,
 ) -> Reporter:
-  """Return the reporter of `LayerStatistics`.
+  """Return the reporter of `LayerStatistics`. The arguments are those of `sow_statistics`.
 
-  Args:
-    locate: Returns the path of the layer of a call, for its mask and for errors.
-    examples: Number of examples of every layer; None to count them along each layer's axes.
-    example_axes: Number of leading axes that count examples.
-    masks: The mask of each layer.
-    axis_name: Mapped axes that the batch is split over; None if it is whole.
-    exact_windows: As in `Reporter`.
-    exclude: True for the calls that do not count; None to count all.
+  ``locate`` returns the path of the layer of a call, for its mask and for errors.
   """
   check_examples(examples, example_axes)
   counted: dict[int, str] = {}
@@ -192,10 +185,10 @@ def statistics_reporter(
 def check_examples(examples: int | jax.Array | None, example_axes: int) -> None:
   """Raise ValueError if a number of examples or of their axes is out of range."""
   known = isinstance(examples, int | float | np.number)
-  valid = examples >= 1 if known else examples is None or hasattr(examples, "dtype")
+  valid = examples > 0 if known else examples is None or hasattr(examples, "dtype")
   if not valid or np.ndim(examples) or example_axes < 0:  # pyright: ignore[reportArgumentType]
     raise ValueError(
-      "examples= must be a number of at least 1 and example_axes= at least 0, got "
+      "examples= must be a number above 0 and example_axes= at least 0, got "
       f"{examples!r} and {example_axes}."
     )
 

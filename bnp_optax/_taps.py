@@ -100,7 +100,7 @@ def read_taps(updates: Any, *, has_layers: bool) -> Any:
       reason = "its kernel has other axes than that of a Dense or Conv, pass layers= of the model"
       return NoStatistics(kernel, reason)
     # A layer whose outputs did not reach the loss has no rows, and no share.
-    share = jnp.where(tap["share"] > 0, tap["share"], 1)
+    share = jnp.where(tap["share"] != 0, tap["share"], 1)
     counts = {name: tap[name] / share for name in ("examples", "rows")}
     sums = {name: tap[name] / share[..., None] for name in _SUMS[1:]}
     return LayerStatistics(**counts, **sums, kernel=kernel)
@@ -131,18 +131,10 @@ def count_examples(
   """Return parameters whose taps count the examples of one call of the model.
 
   Also return their number if the arguments disagree about it, and None if they agree, or if
-  `batch_argument` decides.
-
-  Args:
-    params: The parameters.
-    args: Arguments of the call.
-    kwargs: Keyword arguments of the call.
-    examples: Number of examples that the loss is a mean over.
-    example_axes: Number of leading axes of the first array among the arguments that count examples.
-    batch_argument: The argument that has this array; None for the first that has one.
+  `batch_argument` decides. The other arguments are those of `Tapped` and of the call.
 
   Raises:
-    ValueError: If there is no such array or argument.
+    ValueError: If no argument has the example axes, or there is no ``batch_argument``.
   """
   named = dict(enumerate(args)) | dict(kwargs)
   if batch_argument is not None and batch_argument not in named:

@@ -132,6 +132,10 @@ def scale_by_bnp(
   return optax.GradientTransformationExtraArgs(running.init, update_fn)  # pyright: ignore[reportArgumentType]
 
 
+# Extra arguments of update that refer to the parameters, not to BNP's coordinates.
+_OF_THETA = {"grad", "grad_fn", "obj_fn", "value_fn"}
+
+
 class BnpState(NamedTuple):
   """State of `bnp`.
 
@@ -174,28 +178,22 @@ def bnp(
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp, optax
-    >>> model = nn.Dense(1)
-    >>> x = jax.random.uniform(jax.random.key(0), (8, 5))
+    >>> model, x = nn.Dense(1), jax.random.uniform(jax.random.key(0), (8, 5))
     >>> params = model.init(jax.random.key(1), x)["params"]
     >>> tx = bnp_optax.bnp(optax.adam(1e-2))
-    >>> opt_state = tx.init(params)
     >>> def loss_fn(params):
     ...   with bnp_optax.linen.sow_statistics():
     ...     y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
     ...   return jnp.mean((y - 2.0) ** 2), aux["intermediates"]
-    >>> @jax.jit
-    ... def step(params, opt_state):
-    ...   (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    ...   updates, opt_state = tx.update(grads, opt_state, params, stats=stats)
-    ...   return optax.apply_updates(params, updates), opt_state, loss
-    >>> for _ in range(300):
-    ...   params, opt_state, loss = step(params, opt_state)
-    >>> bool(loss < 1e-2)
+    >>> (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    >>> updates, opt_state = tx.update(grads, tx.init(params), params, stats=stats)
+    >>> bool(loss_fn(optax.apply_updates(params, updates))[0] < loss)
     True
 
   Args:
     inner: The optimizer, including its learning rate and schedules. It receives the extra arguments
-      of ``update`` other than ``stats``.
+      of ``update`` other than ``stats`` and those that refer to the parameters: ``value_fn``,
+      ``grad``, ``grad_fn`` and ``obj_fn``.
     decay: As in `bnp_optax.scale_by_bnp`.
     eps_relative: As in `bnp_optax.scale_by_bnp`.
     eps_absolute: As in `bnp_optax.scale_by_bnp`.
@@ -214,8 +212,8 @@ def bnp(
     ValueError: In the cases of `bnp_optax.scale_by_bnp`. From ``init``, if the inner optimizer
       keeps a copy of the parameters: the coordinates move with the statistics, and the copy would
       be in outdated ones; or if it leaves out the bias of a layer and not its kernel, or the
-      reverse, as with a mask. From ``update``, for the arguments of line searches
-      and of `optax.contrib.sam`.
+      reverse, as with a mask. From ``update``, if the inner optimizer needs what
+      it does not receive, as line searches do.
 
   References:
     Lange, Helfrich, Ye, `Batch Normalization Preconditioning for Neural Network Training
@@ -242,18 +240,22 @@ def bnp(
     **extra_args: Any,
   ) -> tuple[optax.Updates, BnpState]:
     check_state(state, BnpState)
-    if extra_args.keys() & {"grad", "grad_fn", "obj_fn", "value_fn"}:
-      raise ValueError(
-        "bnp: update was given value_fn= or grad=, the arguments of line searches, or grad_fn= or "
-        "obj_fn=, those of sam and sophia. They refer to the parameters, but the inner optimizer "
-        "runs in BNP's coordinates z. Put the line search after BNP, as in "
-        "optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
-        "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
-      )
     statistics, preconditioners = running.update(updates, state.statistics, stats)
     updates = zero_taps(preconditioners.map(_preconditioner.apply_transpose, updates))
     z = None if params is None else preconditioners.map(_preconditioner.apply_inverse, params)
-    updates, inner_state = inner.update(updates, state.inner_state, z, **extra_args)
+    kept = {name: x for name, x in extra_args.items() if name not in _OF_THETA}
+    try:
+      updates, inner_state = inner.update(updates, state.inner_state, z, **kept)
+    except (TypeError, ValueError) as error:
+      if len(kept) == len(extra_args):
+        raise
+      raise ValueError(
+        "bnp: the inner optimizer failed without value_fn= or grad=, the arguments of line "
+        "searches, or grad_fn= or obj_fn=, those of sam and sophia. They refer to the parameters, "
+        "but it runs in BNP's coordinates z. Put the line search after BNP, as in "
+        "optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
+        "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
+      ) from error
     updates = preconditioners.map(_preconditioner.apply, updates)
     return updates, BnpState(statistics, inner_state)
 

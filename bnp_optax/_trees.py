@@ -34,7 +34,14 @@ def is_masked(x: Any) -> bool:
 
 def by_kernel(tree: Any, *kinds: type) -> dict[Path, Any]:
   """Return the instances of ``kinds`` in a tree, by the path of the kernel they belong to."""
-  return {(*path[:-1], x.kernel): x for path, x in flatten(tree, *kinds) if isinstance(x, kinds)}
+  found: dict[Path, Any] = {}
+  for path, x in flatten(tree, *kinds):
+    if isinstance(x, kinds) and found.setdefault((*path[:-1], x.kernel), x) is not x:
+      raise ValueError(
+        f"Layer {show_path(path[:-1])}: there are two statistics of its {x.kernel}. Merge those of "
+        "several calls with bnp_optax.merge_calls."
+      )
+  return found
 
 
 def name_path(keys: tuple[Any, ...]) -> Path:

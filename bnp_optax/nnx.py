@@ -60,7 +60,7 @@ def sow_statistics(
   are by default. In a scan over time and in `flax.nnx.RNN` the parameters are the same at each
   step: pass ``nnx.StateAxes({Statistics: 0, ...: None})`` or ``nnx.Carry``. Under `jax.shard_map`,
   `jax.pmap` and `flax.nnx.vmap` over examples, pass the mapped axis as ``axis_name``; the
-  statistics are then those of all examples along it.
+  statistics are then those of all examples along it, and ``out_axes=(0, None)`` returns them once.
 
   Examples:
     >>> import bnp_optax, jax, jax.numpy as jnp, optax
@@ -81,16 +81,6 @@ def sow_statistics(
     ...   loss = step(model, optimizer)
     >>> bool(loss < 1e-2)
     True
-
-    The statistics of single examples, mapped by `flax.nnx.vmap`:
-
-    >>> def call_one(model, x):
-    ...   with bnp_optax.nnx.sow_statistics(example_axes=0, axis_name="batch"):
-    ...     return nnx.capture(model, bnp_optax.nnx.Statistics)(x)
-    >>> call = nnx.vmap(call_one, in_axes=(None, 0), out_axes=(0, None), axis_name="batch")
-    >>> y, stats = call(model, x)
-    >>> stats["layer_statistics"].get_value().examples
-    Array(8., dtype=float32)
 
   Args:
     examples: As in `bnp_optax.linen.sow_statistics`.

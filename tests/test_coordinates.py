@@ -192,10 +192,11 @@ def test_a_line_search_goes_after_bnp():
   inside = bnp_optax.bnp(optax.chain(optax.sgd(1.0), search), debias=False)
   with pytest.raises(ValueError, match=r"value_fn= or grad=.*Put the line search after BNP"):
     inside.update(grad, inside.init(params), params, **arguments)
-  after = optax.chain(bnp_optax.scale_by_bnp(debias=False), optax.scale(-1.0), search)
-  step = jax.jit(lambda: after.update(grad, after.init(params), params, **arguments))
-  updates, _ = step()
-  assert value_fn(optax.apply_updates(params, updates)) < value
+  for tx in (bnp_optax.scale_by_bnp(debias=False), bnp_optax.bnp(optax.scale_by_adam())):
+    after = optax.chain(tx, optax.scale(-1.0), search)
+    step = jax.jit(lambda after=after: after.update(grad, after.init(params), params, **arguments))
+    updates, _ = step()
+    assert value_fn(optax.apply_updates(params, updates)) < value
 
 
 def test_a_copy_in_moving_coordinates_would_be_wrong():

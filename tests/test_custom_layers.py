@@ -370,6 +370,27 @@ def test_subclasses():
   assert not sow(model, params, x)
 
 
+class Twice(Named):
+  """A subclass that calls the method of its base class and has a kernel of its own."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = super().__call__(x)
+    return y + x @ self.param("V", normal, (x.shape[-1], self.n))
+
+
+def test_a_class_whose_base_class_reports_the_kernel_is_refused():
+  with pytest.raises(
+    ValueError, match=r"Half: its __call__ calls that of a base class, .* reports W"
+  ):
+    register(Half, "...d,df->...f", kernel="W")
+  register(Twice, "...d,df->...f", kernel="V", bias=None)
+  model, x, params = with_params((Twice(4), (7, 5)))
+  stats = sow(model, params, x)
+  check(stats["layer_statistics_W"], x)
+  check(stats["layer_statistics_V"], x)
+
+
 def checked(method):
   """Decorate a method as runtime type checkers do."""
 
@@ -617,6 +638,21 @@ def test_nnx_errors():
   model.name, model.equation = "w", "...d,fd->...f"
   with pytest.raises(ValueError, match=r"Layer Wrong, parameter w: the equation .* does not fit"):
     bnp_optax.nnx.layers(model, uniform(7, 5))
+
+
+def test_nnx_class_whose_base_class_reports_the_kernel_is_refused():
+  class Half(nnx.Linear):
+    def __call__(self, x):
+      return super().__call__(x / 2)
+
+  class Other(nnx.Linear):
+    def __call__(self, x):
+      return x @ self.kernel[...]
+
+  with pytest.raises(ValueError, match="Half: its __call__ calls that of a base class"):
+    bnp_optax.nnx.register(Half, "...d,df->...f")
+  bnp_optax.nnx.register(Other, "...d,df->...f")
+  assert len(bnp_optax.nnx.layers(Other(5, 4, rngs=nnx.Rngs(0)), uniform(7, 5))) == 1
 
 
 def test_nnx_ensemble():

@@ -187,11 +187,33 @@ def test_the_decay_of_kernels_outside_leaves_the_biases_where_they_are(mlp):
 
 
 @pytest.mark.parametrize("name", ["value_fn", "grad", "grad_fn", "obj_fn"])
-def test_functions_of_the_parameters_are_refused(name, mlp):
+def test_functions_of_the_parameters_do_not_reach_the_inner_optimizer(name, mlp):
   params, grads, stats = mlp
-  tx = bnp_optax.bnp(optax.sgd(0.1))
+
+  def update(updates, state, params=None, **extra_args):
+    assert extra_args == {"value": 1.0}
+    return updates, state
+
+  inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+  tx = bnp_optax.bnp(inner)
+  tx.update(grads, tx.init(params), params, stats=stats, value=1.0, **{name: None})
+
+
+@pytest.mark.parametrize("name", ["value_fn", "grad", "grad_fn", "obj_fn"])
+def test_an_inner_optimizer_that_needs_functions_of_the_parameters(name, mlp):
+  params, grads, stats = mlp
+
+  def update(updates, state, params=None, **extra_args):
+    if name not in extra_args:
+      raise ValueError(f"{name} must be provided.")
+    return updates, state
+
+  tx = bnp_optax.bnp(optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update))
   arguments = {"stats": stats, name: None}
-  raises(f"update was given .*{name}=.*", tx.update, grads, tx.init(params), params, **arguments)
+  state = tx.init(params)
+  raises(f"inner optimizer failed without .*{name}=", tx.update, grads, state, params, **arguments)
+  # Without them, the error is that of the inner optimizer.
+  raises(f"^{name} must be provided", tx.update, grads, state, params, stats=stats)
 
 
 def test_sam_is_refused_on_both_sides(mlp):
@@ -206,4 +228,4 @@ def test_sam_is_refused_on_both_sides(mlp):
   )
   opaque = bnp_optax.bnp(optax.contrib.sam(optax.sgd(0.1), ascent, opaque_mode=True))
   state, arguments = opaque.init(params), {"stats": stats, "grad_fn": lambda p, _: p}
-  raises("update was given .*grad_fn=", opaque.update, grads, state, params, **arguments)
+  raises("failed without .*grad_fn=", opaque.update, grads, state, params, **arguments)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bnp_optax
 from bnp_optax._layout import KernelLayout
@@ -31,6 +32,31 @@ def layouts(draw):
   else:
     layout = KernelLayout(**{k: of.get(k, ()) for k in fields})
   return layout, tuple(shape)
+
+
+@pytest.mark.parametrize(
+  "roles",
+  [
+    {"output": (-1,)},
+    {"window": (0, 1), "feature": (-2,), "output": (-1,)},
+    {"output": (2,)},
+    {"output": (0,)},
+    {"feature": 0},
+    {"feature": [0]},
+  ],
+)
+def test_each_axis_has_one_role(roles):
+  with pytest.raises(ValueError, match=r"KernelLayout: stack, .* each axis of the kernel once"):
+    KernelLayout(**roles)
+
+
+def test_stacked_and_moved_keep_the_roles_of_all_axes():
+  layout = KernelLayout.by_convention(3)
+  assert layout.stacked([1]) == KernelLayout((1,), (0,), (2,), (3,))
+  assert layout.stacked([3, 0]) == KernelLayout((3, 0), (1,), (2,), (4,))
+  assert layout.moved([2, 0, 1]) == KernelLayout((), (2,), (0,), (1,))
+  with pytest.raises(ValueError, match="KernelLayout: stack"):
+    layout.stacked([-1])
 
 
 @given(case=layouts(), seed=st.integers(0, 2**32 - 1))

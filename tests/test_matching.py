@@ -4,6 +4,7 @@ Errors of layers that lose their statistics inside a model are in tests/test_lin
 """
 
 import dataclasses
+import functools
 
 from flax.core import FrozenDict
 import flax.linen as nn
@@ -67,6 +68,29 @@ def test_stats_without_statistics(mlp):
       tx.init(params),
       stats=stats,
     )
+
+
+def test_two_statistics_of_one_kernel(mlp):
+  params, grads, stats = mlp
+  tx = bnp_optax.scale_by_bnp()
+  entry = next(iter(stats["first"].values()))
+  update = functools.partial(tx.update, grads, tx.init(params))
+  raises(
+    "Layer first: there are two statistics of its kernel. Merge .* bnp_optax.merge_calls",
+    update,
+    stats=stats | {"first": {"left": entry, "right": dataclasses.replace(entry)}},
+  )
+  update(stats=stats | {"first": {"any name": bnp_optax.merge_calls(entry, entry)}})
+
+
+def test_a_model_mapped_over_examples_names_the_remedy():
+  mapped = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})(3)
+  params = mapped.init(jax.random.key(0), jnp.ones((6, 4)))["params"]
+  with bnp_optax.linen.sow_statistics():
+    _, aux = mapped.apply({"params": params}, jnp.ones((6, 4)), mutable=["intermediates"])
+  tx = bnp_optax.scale_by_bnp()
+  update = functools.partial(tx.update, stats=aux.get("intermediates", {}))
+  raises(r"Under nn.vmap .* sow_statistics\(examples=", update, params, tx.init(params))
 
 
 def test_a_kernel_without_statistics_is_named_with_the_remedies(mlp):

@@ -360,10 +360,15 @@ def devices(check_vma):
   return jax.shard_map(step, mesh=mesh, **specs)
 
 
+def negated(params, x):
+  return jax.tree.map(jnp.negative, jax.grad(lambda p: -batch_loss(p, x))(params))
+
+
 GRADIENTS = {
   f.__name__: f
   for f in (
     *(micro_batches, sum_of_losses, grad_of_vmap, vmap_of_grad, vmap_of_batches, checkpoint),
+    negated,
     loss_scale,
   )
 } | {"pmean": devices(check_vma=False), "psum": devices(check_vma=True)}
@@ -571,10 +576,10 @@ def test_within_other_contexts_the_layers_report_to_those():
 
 @pytest.mark.parametrize(("examples", "example_axes"), [(0, 1), (4, -1)])
 def test_numbers_out_of_range(examples, example_axes):
-  with pytest.raises(ValueError, match="examples= must be a number of at least 1"):
+  with pytest.raises(ValueError, match="examples= must be a number above 0"):
     bnp_optax.linen.Tapped(nn.Dense(3), examples=examples, example_axes=example_axes)
   model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match="examples= must be a number of at least 1"):
+  with pytest.raises(ValueError, match="examples= must be a number above 0"):
     bnp_optax.nnx.Tapped(model, normal(2, 4), examples=examples, example_axes=example_axes)
 
 
@@ -716,6 +721,30 @@ def test_no_taps(whole):
   plain = bnp_optax.linen.remove_taps(params)
   tx = bnp_optax.scale_by_bnp()
   problems.raises(r"give it Tapped\(model", tx.update, plain, tx.init(plain))
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("transform", ["scan", "vmap"])
+def test_linen_stacks_along_another_axis_than_the_first(transform, use_bias, axis):
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+      return nn.Dense(4, use_bias=use_bias, **DTYPE)(x), None
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      axes = {"variable_axes": {"params": axis}, "split_rngs": {"params": True}}
+      if transform == "scan":
+        return nn.scan(Block, length=3, **axes)()(x, None)[0]
+      return nn.vmap(Block, in_axes=None, axis_size=3, **axes)()(x)[0]
+
+  model = bnp_optax.linen.Tapped(Net(), examples=6)
+  error = (
+    f"Tapped: nn.scan or nn.vmap stacks the parameters along axis {axis}, but taps need axis 0"
+  )
+  problems.raises(error, model.init, jax.random.key(0), normal(6, 4))
 
 
 def test_nnx_stacks_along_another_axis_than_the_first():
