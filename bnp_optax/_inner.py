@@ -44,7 +44,7 @@ def _refuse_split_layers(
   """Raise ValueError if `inner` leaves out the bias of a layer and not its kernel, or the reverse.
 
   A step of the kernel in z moves the bias in theta, so that a bias that is frozen or not decayed in
-  z moves or decays all the same.
+  z still moves or decays.
   """
 
   def update(gradients: Any, state: Any, z: Any, value: Any) -> Any:

@@ -167,7 +167,7 @@ class Experiment:
     return self._settings("step_time", batch_size) | {"methods": methods}
 
   def conditioning_settings(self, method: Method, batch_size: int, rate: float) -> dict[str, Any]:
-    """Return the settings of the measured condition numbers."""
+    """Return the settings of the measured condition numbers of all runs."""
     return self._method_settings("conditioning", method, batch_size) | {
       "rate": rate,
       "epochs": self.length,

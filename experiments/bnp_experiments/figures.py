@@ -229,22 +229,23 @@ def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
     _line(loss, outcome, outcome.train_loss, "-")
     if not outcome.conditioning:
       continue
-    epochs = outcome.conditioning["steps"] / outcome.steps
-    colour, label = outcome.method.colour, outcome.method.label
-    hessian.plot(
-      *(epochs, _smooth(outcome.conditioning["plain"])), color=colour, label=f"{label}: Hessian"
-    )
+    label = outcome.method.label
+    lines = {"plain": (hessian, "-", f"{label}: Hessian")}
     for epsilons, style in (("paper", "--"), ("none", ":")):
-      if f"D, epsilons {epsilons}" in outcome.conditioning:
-        text = "the paper's epsilons" if epsilons == "paper" else "no epsilons"
-        values = outcome.conditioning[f"preconditioned, epsilons {epsilons}"]
-        hessian.plot(
-          epochs, _smooth(values), style, color=colour, label=f"{label}: preconditioned, {text}"
-        )
-        d.plot(
-          *(epochs, outcome.conditioning[f"D, epsilons {epsilons}"], style),
-          color=colour,
-          label=f"{label}: D, {text}",
+      text = "the paper's epsilons" if epsilons == "paper" else "no epsilons"
+      lines[f"preconditioned, epsilons {epsilons}"] = (
+        *(hessian, style),
+        f"{label}: preconditioned, {text}",
+      )
+      lines[f"D, epsilons {epsilons}"] = (d, style, f"{label}: D, {text}")
+    for name, (axes, style, text) in lines.items():
+      for run, values in enumerate(outcome.conditioning.get(name, [])):
+        epochs = outcome.conditioning["steps"][run] / outcome.steps
+        axes.plot(
+          *(epochs, _smooth(values) if axes is hessian else values, style),
+          color=outcome.method.colour,
+          linewidth=1,
+          label=None if run else text,
         )
   accuracy.set_ylabel("test accuracy")
   accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -260,7 +261,8 @@ def _conditioning(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   _footer(
     *(hessian, -0.55),
     f"{caption(experiment)}. First unit of the output layer, on the batch of each fifth step; "
-    "Hessians as running medians of 15.",
+    "Hessians as running medians of 15. One line\nfor each run. Without epsilons, kappa(D) is that "
+    "of a unit that no longer fires: its running variance falls by 1 % a step.",
   )
   return figure
 

@@ -27,8 +27,8 @@ class Outcome:
     test_accuracy: Test accuracy after each epoch, `[epochs, seeds]`.
     seconds: Time of a step, one number for each round of measuring.
     relative_times: The same times divided by those of plain SGD.
-    conditioning: The condition numbers that `unit_conditioning.trace` returns; empty if they were
-      not measured.
+    conditioning: The condition numbers that `unit_conditioning.trace` returns, `[seeds,
+      measurements]`; empty if they were not measured.
     variant: Label of the chosen variant of the method; empty if it has none.
     decays: The epochs after which the learning rate was divided by ten.
   """

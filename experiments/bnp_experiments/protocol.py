@@ -82,12 +82,13 @@ def _time_steps(trainer: Trainer, batch_size: int, rates: dict[Method, float]) -
 
 
 def _measure_conditioning(trainer: Trainer, method: Method, batch_size: int, rate: float) -> None:
-  settings = trainer.experiment.conditioning_settings(method, batch_size, rate)
-  if not trainer.results.find(**settings):
-    trainer.describe(f"{method.label}, batch size {batch_size}, condition numbers")
-    setup, epochs = trainer.setup(method, batch_size), trainer.experiment.length
-    measured = unit_conditioning.trace(setup, rate, epochs, trainer.splits.fit)
-    trainer.results.append(settings | measured)
+  for seed in trainer.experiment.seed_list:
+    settings = trainer.experiment.conditioning_settings(method, batch_size, rate) | {"seed": seed}
+    if not trainer.results.find(**settings):
+      trainer.describe(f"{method.label}, batch size {batch_size}, condition numbers, seed {seed}")
+      setup, epochs = trainer.setup(method, batch_size), trainer.experiment.length
+      measured = unit_conditioning.trace(setup, rate, epochs, trainer.splits.fit, seed)
+      trainer.results.append(settings | measured)
 
 
 def _work_left(trainer: Trainer, method: Method, batch_size: int) -> int:

@@ -75,13 +75,10 @@ def with_recorded(experiment: Experiment, results: Results) -> Experiment:
 def _conditioning(
   experiment: Experiment, results: Results, method: Method, batch_size: int, rate: float
 ) -> dict[str, np.ndarray]:
-  records = results.find(**experiment.conditioning_settings(method, batch_size, rate))
-  return {
-    name: np.array(values, float)
-    for record in records
-    for name, values in record.items()
-    if isinstance(values, list)
-  }
+  settings = experiment.conditioning_settings(method, batch_size, rate)
+  records = [r for s in experiment.seed_list for r in results.find(**settings, seed=s)]
+  names = [name for name, x in records[0].items() if isinstance(x, list)] if records else []
+  return {name: np.array([record[name] for record in records], float) for name in names}
 
 
 def tables(experiment: Experiment, gathered: list[Outcome]) -> tuple[Table, str]:

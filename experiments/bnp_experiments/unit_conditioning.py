@@ -21,7 +21,7 @@ _EPSILONS = {"paper": (1e-2, 1e-4), "none": (0.0, 0.0)}
 
 
 def trace(
-  setup: training.Setup, rate: float, epochs: int, examples: training.Examples
+  setup: training.Setup, rate: float, epochs: int, examples: training.Examples, seed: int
 ) -> dict[str, Any]:
   """Train one run and measure condition numbers before every fifth step, on the batch of the step.
 
@@ -30,13 +30,14 @@ def trace(
     rate: The learning rate.
     epochs: The number of epochs.
     examples: The training examples.
+    seed: The seed of the run.
 
   Returns:
     Lists with one number for each measurement: the number of completed `steps` and the condition
     number of the Hessian (`plain`). With BNP also the condition numbers of the preconditioned
     Hessian (`preconditioned`) and of D (`D`), each with the paper's epsilons and with none.
   """
-  lanes = training.make_lanes([1], [rate])
+  lanes = training.make_lanes([seed], [rate])
   state = jax.tree.map(lambda leaf: leaf[0], training.init(setup, lanes, examples.images))
   take_steps = jax.jit(training.take_steps, static_argnums=0)
   measured: dict[str, Any] = {"steps": [], "plain": []}

@@ -146,3 +146,53 @@ def test_first_epoch_of_an_accuracy():
 def test_single_runs_decide_nothing(judge):
   outcomes = [_outcome(methods.BNP, [[98.0]]), _outcome(methods.SGD, [[10.0]])]
   assert judge(outcomes).verdict == "within the spread"
+
+
+def _conditioned(d, gain):
+  """Return an outcome with kappa(D) and the gain of P in each run; the first epoch differs."""
+  before, after = np.full((len(d), 2), 7.0), np.ones((len(d), 4))
+  d, gain = np.array(d, float)[:, None], np.array(gain, float)[:, None]
+  plain = np.hstack([before, 1e6 * after])
+  measured = {"steps": np.tile([0, 5, 10, 15, 20, 25], (len(d), 1)), "plain": plain}
+  for epsilons in ("paper", "none"):
+    factor = 1 if epsilons == "paper" else 100
+    measured[f"D, epsilons {epsilons}"] = np.hstack([before, factor * d * after])
+    measured[f"preconditioned, epsilons {epsilons}"] = np.hstack([before, 1e6 * after / gain])
+  return dataclasses.replace(BNP, conditioning=measured)
+
+
+@pytest.mark.parametrize(
+  ("kappa", "verdict"),
+  [
+    ([100, 1000], "holds"),
+    ([10, 11], "does not hold"),
+    ([10, 100], "within the spread"),
+    ([200], "within the spread"),
+  ],
+)
+def test_the_range_of_kappa_of_d(kappa, verdict):
+  judgement = claims.kappa_of_D(1e2, 1e5)([_conditioned(kappa, kappa)])
+  assert judgement.verdict == verdict
+  low, high = min(kappa), max(kappa)
+  shown = f"{low:.1e} to {high:.1e}; without epsilons {100 * low:.1e} to {100 * high:.1e}"
+  assert judgement.measured == shown
+
+
+@pytest.mark.parametrize(
+  ("gain", "verdict"),
+  [
+    ([1e4, 2e3], "holds"),
+    ([9e2, 8], "does not hold"),
+    ([9e2, 1e4], "within the spread"),
+    ([1e4], "within the spread"),
+  ],
+)
+def test_the_gain_beside_kappa_of_d_squared(gain, verdict):
+  judgement = claims.improves_by_kappa_of_D_squared()([_conditioned([100] * len(gain), gain)])
+  assert judgement.verdict == verdict
+  assert judgement.measured.startswith(f"by {np.mean(gain):.1f}, kappa(D)^2 = 1.0e+04")
+
+
+def test_condition_numbers_that_were_not_measured():
+  assert claims.kappa_of_D(1e2, 1e5)([BNP]).verdict == "not run"
+  assert claims.improves_by_kappa_of_D_squared()([BNP]).verdict == "not run"
