@@ -569,7 +569,9 @@ def report(records: pathlib.Path) -> None:
   print("| --- |" + " --: |" * len(BATCH_SIZES))
   rates = best_rate_of_debias(records)
   for network, optimizer in itertools.product(NETWORKS, RATES):
-    row = [f"{rates.get((network, optimizer, size), math.nan):g}" for size in sorted(BATCH_SIZES)]
+    found = [rates.get((network, optimizer, size), math.nan) for size in sorted(BATCH_SIZES)]
+    edges = min(RATES[optimizer]), max(RATES[optimizer])
+    row = [f"{rate:g}{'*' * (rate in edges)}" for rate in found]
     print(f"| {NETWORKS[network]}, {OPTIMIZER_NAMES[optimizer]} | {' | '.join(row)} |")
 
   def mean(name: str) -> float:

@@ -64,7 +64,9 @@ def test_the_comparison_has_the_accuracies(name):
     found = [find(gathered, method, size) for size in (1, 6, 60, 512)]
     label = METHODS[method].label
     label = f"**{label}**" if "bnp" in method else label
-    cells = (f"{100 * o.final.mean():.1f} at {o.rate:g}" if o else "not run" for o in found)
+    cells = (
+      f"{100 * o.final.mean():.1f} at {o.rate:g}{'*' * o.at_edge}" if o else "not run" for o in found
+    )
     line = f"| {label} | {' | '.join(cells)} |"
     assert line in page("docs/comparison.md"), line
 
@@ -189,7 +191,7 @@ def test_the_transformers_without_layernorm(method):
 @pytest.mark.parametrize("method", ["bnp", "bnp_adam"])
 def test_the_gain_of_the_default_start(method, label, name):
   _, gathered = outcomes(name)
-  sizes = (1, 6, 60, 128, 512)
+  sizes = (1, 2, 4, 6, 16, 60, 128, 512)
   start, paper = (
     np.array([find(gathered, method + suffix, size).final.mean() for size in sizes])
     for suffix in ("_debias", "")

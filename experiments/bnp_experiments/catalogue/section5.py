@@ -235,6 +235,7 @@ FIG5_RIGHT = Experiment(
       "BatchNorm ends below all others",
       below("batchnorm", "sgd", "batchrenorm", "four_things", "bnp"),
     ),
+    Claim("Plain SGD ends where Adam does", comparable("sgd", "adam")),
   ),
   scales={
     "smoke": SMOKE,
@@ -268,6 +269,7 @@ FIG4_RIGHT_CNN = Experiment(
     Claim("BNP ends above the vanilla network", better("bnp", "sgd")),
     Claim("4 things end below BNP", better("bnp", "four_things")),
     Claim("4 things end below the vanilla network", better("sgd", "four_things")),
+    Claim("Plain SGD ends where Adam does", comparable("sgd", "adam")),
   ),
   scales={"smoke": SMOKE, "laptop": FIG5_RIGHT.scales["laptop"]},
 )
