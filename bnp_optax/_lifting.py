@@ -175,9 +175,7 @@ def _axes_of(function: Callable[..., Any], mapped: Any, scopes: tuple[Scope, ...
 def leave_observation(a: Observation, axis: int | None) -> Observation:
   """Return the observation of a whole kernel from one that a transform stacked along axis 0.
 
-  Args:
-    a: Observation of the layers, or calls, inside the transform.
-    axis: Axis along which the kernels are stacked; None for calls of one kernel.
+  The kernels are stacked along ``axis``; None is for calls of one kernel.
   """
   length, marker = a.marker.shape[0], a.marker[0]
   if axis is None:

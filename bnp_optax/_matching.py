@@ -118,11 +118,7 @@ def match_state(
 ) -> list[Any]:
   """Return the leaves of a field of the state, in the order of the gradients' leaves.
 
-  Args:
-    field: Name of the field.
-    tree: Its value.
-    updates: The gradients.
-    shapes: Shape of the field's array for each layer that has one.
+  ``shapes`` has the shape of the field's array for each layer that has one.
 
   Raises:
     ValueError: If the state was made for other parameters, or was cast to less than float32.

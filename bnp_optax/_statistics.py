@@ -276,9 +276,7 @@ def leave_transform(
 ) -> LayerStatistics | NoStatistics:
   """Return the statistics of a whole kernel from those that a transform stacked along axis 0.
 
-  Args:
-    a: Statistics of the layers, or calls, inside the transform.
-    axis: Axis along which the kernels are stacked; None for calls of one kernel.
+  The kernels are stacked along ``axis``; None is for calls of one kernel.
   """
   if isinstance(a, NoStatistics):
     return a

@@ -177,7 +177,7 @@ class GhostBatchNorm(nn.Module):
     running_var = self.variable("batch_stats", "var", jnp.ones, channels, dtype)
     ghosts = batch if inference else self._ghosts(batch)
     # [ghosts, examples, *positions, groups, channels of a group]
-    shape = (ghosts, batch // ghosts, *positions, groups, channels // groups)
+    shape = (ghosts, 1 if inference else batch // ghosts, *positions, groups, channels // groups)
     values = x.astype(dtype).reshape(shape)
     axes, last = tuple(range(1, values.ndim - 2)), values.ndim - 1
     running_shape = (1,) * (values.ndim - 2) + shape[-2:]

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import bnp_optax
-from bnp_optax import conditioning
+from bnp_optax import KernelLayout, conditioning
 from bnp_optax.conditioning._spectrum import estimate_condition_number
 from tests import problems
 
@@ -296,6 +296,60 @@ def test_errors_of_unit_curvature():
     conditioning.unit_curvature(lambda p: jnp.sum(x @ p["kernel"]), params)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize(
+  ("over", "times"),
+  [
+    (lambda f, x: f(x), 1),
+    (lambda f, x: jax.vmap(f)(x), 6),
+    (lambda f, x: jax.lax.map(f, x.reshape(2, 3, 4)), 2),
+    (lambda f, x: jax.vmap(jax.vmap(f))(x.reshape(2, 3, 4)), 6),
+  ],
+)
+def test_the_curvature_of_calls_that_are_mapped_is_refused(over, times, wrap):
+  layer, x = nn.Dense(3, **F64), jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)))
+  params = random_params(layer, x)
+
+  def loss_fn(params):
+    return jnp.mean(jnp.sin(over(wrap(lambda x: layer.apply({"params": params}, x)), x)))
+
+  if times == 1:
+    H = conditioning.hidden_matrix(layer, {"params": params}, x)[0]
+    S = conditioning.unit_curvature(loss_fn, params, unit=1)
+    np.testing.assert_allclose(H.T @ S @ H, conditioning.unit_hessian(loss_fn, params, unit=1))
+  else:
+    with pytest.raises(ValueError, match=f"called {times} times by the loss instead of once"):
+      conditioning.unit_curvature(loss_fn, params, unit=1)
+
+
+class Gated(nn.Module):
+  """A module of two products, of which only the second makes its outputs."""
+
+  @nn.compact
+  def __call__(self, x):
+    gate = self.param("gate", nn.initializers.normal(), (2, 8))
+    down = self.param("down", nn.initializers.normal(), (8, 2))
+    bnp_optax.linen.report(self, "gate", x, "...d,df->...f")
+    h = nn.gelu(x @ gate)
+    bnp_optax.linen.report(self, "down", h, "...f,fd->...d")
+    return h @ down
+
+
+@pytest.mark.parametrize(
+  "model", [Gated(), nn.Einsum((2, 4), "btd,df->bft", use_bias=False, **F64)]
+)
+def test_the_curvature_of_other_layers_is_refused(model):
+  x = jnp.ones((3, 4, 2))
+  params = model.init(jax.random.key(0), x)["params"]
+  layers = bnp_optax.linen.layers(model, x)
+  with pytest.raises(ValueError, match=r"called 0 times .* must be a Dense, DenseGeneral, Conv or"):
+    conditioning.unit_curvature(
+      lambda params: jnp.mean(model.apply({"params": params}, x) ** 2),
+      *(params, next(iter(layers))),
+      layers=layers,
+    )
+
+
 class Narrow(nn.Module):
   """A grouped convolution without bias, a circular transposed one, and a head."""
 
@@ -404,6 +458,18 @@ def test_a_healthy_layer_has_no_notes():
   np.testing.assert_allclose(diagnostics.lag, 0, atol=1e-6)
   np.testing.assert_allclose(diagnostics.largest_eigenvalue, 1, rtol=1e-5)
   np.testing.assert_array_equal(diagnostics.q2, [1, 1])
+
+
+def test_a_healthy_layer_without_bias_has_no_notes():
+  """Its mean is not centred, which makes the largest eigenvalue large."""
+  params = {"kernel": jnp.ones((64, 4))}
+  x = jnp.asarray(np.maximum(normal(256, 64), 0))
+  stats = {"layer_statistics": bnp_optax.layer_statistics(x, examples=256, rows=256)}
+  tx = bnp_optax.scale_by_bnp()
+  _, state = tx.update(params, tx.init(params), stats=stats)
+  diagnostics = conditioning.diagnose(params, state, stats)
+  assert diagnostics.largest_eigenvalue[0] > 15
+  assert diagnostics.notes() == [""]
 
 
 def test_a_dead_layer_is_found():
@@ -580,6 +646,49 @@ def test_a_model_that_draws_random_numbers_can_be_surveyed():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)))
   variables = Noisy().init(jax.random.key(0), x)
   assert [x.name for x in conditioning.survey(Noisy(), variables, x).layers] == ["head", "mean"]
+
+
+def test_a_survey_takes_both_passes_from_the_same_state():
+  """The second pass must not start from the random numbers, or the state, that the first left."""
+
+  class Changing(nnx.Module):
+    def __init__(self, rngs):
+      self.factor, self.drop = nnx.Variable(jnp.ones(())), nnx.Dropout(0.5, rngs=rngs)
+      self.out = nnx.Linear(6, 2, rngs=rngs, **F64)
+
+    def __call__(self, x):
+      x = self.drop(x) * self.factor[...]
+      self.factor[...] = self.factor[...] * 10
+      return self.out(x)
+
+  x = jnp.asarray(np.random.default_rng(0).normal(2, 1, (40, 6)))
+  model = nnx.split(Changing(nnx.Rngs(0)))
+  (layer,) = conditioning.survey(*model, x).layers
+  H = conditioning.hidden_matrix(*model, x)[0]
+  mean, variance = H[:, 1:].mean(0), H[:, 1:].var(0)
+  U, D = conditioning.preconditioner(mean, variance, (6, 2))
+  np.testing.assert_allclose(layer.before, conditioning.condition_number(H), rtol=1e-6)
+  np.testing.assert_allclose(layer.after, conditioning.condition_number(H @ (U @ D)[0]), rtol=1e-6)
+
+
+def test_the_hessian_with_a_bias_that_has_axes_of_size_1():
+  """As in Equinox's convolutions: `[output, 1, 1]`, a weight of `[output, feature, *window]`."""
+  rng = np.random.default_rng(0)
+  params = {"weight": rng.normal(size=(4, 2, 3, 3)), "bias": rng.normal(size=(4, 1, 1))}
+  params, x = jax.tree.map(jnp.asarray, params), jnp.asarray(rng.normal(size=(2, 2, 4, 4)))
+  layers = {("weight",): KernelLayout(window=(2, 3), feature=(1,), output=(0,))}
+
+  def loss_fn(params):
+    y = jax.lax.conv_general_dilated(x, params["weight"], (1, 1), "SAME") + params["bias"][None]
+    return jnp.mean(jnp.tanh(y) ** 2)
+
+  def loss_of_bias(b):
+    return loss_fn(params | {"bias": params["bias"].at[1].set(b)})
+
+  hessian = conditioning.unit_hessian(loss_fn, params, unit=1, layers=layers)
+  assert hessian.shape == (19, 19)
+  expected = jax.hessian(loss_of_bias)(params["bias"][1, 0, 0])
+  np.testing.assert_allclose(hessian[0, 0], expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("debias", [False, True])

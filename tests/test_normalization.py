@@ -278,3 +278,13 @@ def test_statistics_are_those_of_the_whole_batch_on_several_devices(norm, axis_t
   split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("batch")))
   step = jax.jit(functools.partial(apply, norm))
   jax.tree.map(close, step(initial(norm, x), split), step(initial(norm, x), x))
+
+
+def test_inference_of_an_empty_batch():
+  norm = GhostBatchNorm(ghost_size=2)
+  stats = initial(norm, STEPS[0])
+  y, after = apply(norm, stats, STEPS[0][:0], inference=True)
+  assert y.shape == (0, 3, 8)
+  assert {name: x.tolist() for name, x in after.items()} == {
+    n: x.tolist() for n, x in stats.items()
+  }

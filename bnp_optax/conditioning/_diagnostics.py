@@ -52,9 +52,9 @@ class Diagnostics:
       is too small for this batch. Well below 1 with ``debias=False``, it is still decreasing from
       its initial value of 1, and the layer's steps will grow by the inverse factor.
     largest_eigenvalue: Predicted largest eigenvalue of
-      :math:`P^T \hat H^T \hat H P / \text{rows}` for uncorrelated features. It is 1 if the
-      running statistics equal those of the batch. A lag alone makes it :math:`1 + n \delta^2` or up
-      to 1 more, where :math:`n` is the number of inputs of one output.
+      :math:`P^T \hat H^T \hat H P / \text{rows}` for uncorrelated features. With a bias, it is 1 if
+      the running statistics equal those of the batch, and a lag alone makes it :math:`1 + n
+      \delta^2` or up to 1 more, where :math:`n` is the number of inputs of one output.
     q2: The paper's :math:`q^2`, which ``scale_layers=False`` does not apply.
     guard: Divisor of the layer's step by ``lag_guard``; 1 where it does not act.
     improvement: Factor by which P lowers the condition number of :math:`\hat H^T \hat H`, for
@@ -279,7 +279,8 @@ def _note(
   if largest_eigenvalue > _LARGE_EIGENVALUE * (1 + inputs / rows):
     if inputs * lag**2 > variance_ratio:
       notes.append(f"the running mean is {lag:.2g} deviations behind")
-    else:
+    # Without a bias, the mean that is not centred makes the eigenvalue large.
+    elif 2 * variance_ratio > _LARGE_EIGENVALUE:
       notes.append(f"a variance is {variance_ratio:.2g} times the preconditioner's")
   if guard > _LARGE_GUARD:
     notes.append(f"the guard divides the step by {guard:.2g}")

@@ -8,11 +8,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from bnp_optax._kernels import Layer, Layouts, choose_layer, find_layers
 from bnp_optax._reporting import activate
 from bnp_optax._trees import Path, flatten_masked
+
+# Their outputs are the product and the bias, with the units last.
+_LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose)
 
 _perturbation: contextvars.ContextVar[Any] = contextvars.ContextVar("perturbation", default=None)
 
@@ -33,8 +37,7 @@ def unit_hessian(
   Examples:
     >>> from bnp_optax import conditioning
     >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> model = nn.Dense(3)
-    >>> x = jnp.array([[1.0], [3.0]])
+    >>> model, x = nn.Dense(3), jnp.array([[1.0], [3.0]])
     >>> variables = model.init(jax.random.key(0), x)
     >>> loss_fn = lambda params: jnp.mean(model.apply({"params": params}, x)[:, 1] ** 2)
     >>> conditioning.unit_hessian(loss_fn, variables["params"], unit=1)
@@ -69,8 +72,8 @@ def unit_hessian(
     new = list(leaves)
     new_w, new_b = found.layout.from_canonical(new_w, new_b, kernel.shape)
     for i, x in ((found.kernel, new_w), (found.bias, new_b)):
-      if i is not None:
-        new[i] = x
+      if i is not None and x is not None:
+        new[i] = x.reshape(leaves[i].shape)
     return loss_fn(treedef.unflatten(new))
 
   w_hat = w[entry[0], :, :, entry[1]].ravel()
@@ -94,13 +97,13 @@ def unit_curvature(
     \nabla^2_{\hat w} L = \hat H^T S \hat H
 
   For a dense layer S is diagonal, :math:`\frac1N L''(a_j)`, if the loss is a mean over examples
-  (Proposition 2). For a convolution S has a block for each example (Proposition 9).
+  (Proposition 2). For a convolution S has a block for each example (Proposition 9). The loss must
+  call the layer once, on the whole batch.
 
   Examples:
     >>> from bnp_optax import conditioning
     >>> import flax.linen as nn, jax, jax.numpy as jnp
-    >>> model = nn.Dense(3)
-    >>> x = jnp.array([[1.0], [3.0]])
+    >>> model, x = nn.Dense(3), jnp.array([[1.0], [3.0]])
     >>> variables = model.init(jax.random.key(0), x)
     >>> loss_fn = lambda params: jnp.mean(model.apply({"params": params}, x)[:, 1] ** 2)
     >>> S = conditioning.unit_curvature(loss_fn, variables["params"], unit=1)
@@ -120,26 +123,32 @@ def unit_curvature(
     ``[rows, rows]``, the rows in the order of `hidden_matrix`.
 
   Raises:
-    ValueError: If the layer or the unit is not found, or if the layer is a stack of several or is
-      not called exactly once.
+    ValueError: If the layer or the unit is not found, if it is not a Dense, DenseGeneral, Conv or
+      ConvTranspose of one map and one output axis, or if it is not called once (under `jax.vmap`
+      or in a loop, this is found only if the parameters are not traced).
   """
   found = choose_layer(find_layers(params, layers), layer)
   leaves, _ = flatten_masked(params)
   if found.layout.stack or len(found.layout.output) > 1:
     raise ValueError(f"Layer {found}: S is defined for a single layer of one output axis.")
   _check_unit(found, unit, leaves[found.kernel].shape)
-  calls: list[jax.ShapeDtypeStruct] = []
+  calls, runs = [], []
 
   def record(outputs: jax.Array) -> jax.Array:
     calls.append(jax.ShapeDtypeStruct(outputs.shape[:-1], outputs.dtype))
+    # Called for each element of a vmap and each iteration of a scan.
+    jax.debug.callback(lambda _: runs.append(None), outputs.ravel()[:1])
     return outputs
 
+  traced = any(isinstance(x, Tracer) for x in leaves)
   with _changed(found.path[:-1], record):
-    jax.eval_shape(lambda params: loss_fn(params), params)
-  if len(calls) != 1:
+    jax.eval_shape(loss_fn, params) if traced else jax.block_until_ready(loss_fn(params))
+  jax.effects_barrier()
+  if (count := len(calls) if traced or len(calls) != 1 else len(runs)) != 1:
     raise ValueError(
-      f"Layer {found} is called {len(calls)} times by the loss instead of once. It must be a "
-      "flax.linen layer of a model that the loss calls."
+      f"Layer {found} is called {count} times by the loss instead of once. It must be a Dense, "
+      "DenseGeneral, Conv or ConvTranspose of flax.linen in a model that the loss calls on the "
+      "whole batch, without jax.vmap and loops."
     )
 
   def loss_of_outputs(a: jax.Array) -> jax.Array:
@@ -163,7 +172,8 @@ def _changed(path: Path, change: Callable[[jax.Array], jax.Array]) -> Any:
     context: nn.module.InterceptorContext,
   ) -> Any:
     outputs = next_fun(*args, **kwargs)
-    matches = context.module.path == path and context.method_name == "__call__"
+    module, method = context.module, context.method_name
+    matches = module.path == path and method == "__call__" and type(module) in _LAYERS
     return change(outputs) if matches and _perturbation.get() is change else outputs
 
   # The unique key prevents the reuse of functions that were traced without this change.

@@ -254,7 +254,9 @@ def _nnx(
     found: list[Any] = []
     for context in (report_calls(_MATRICES), sow_statistics(examples=1)):
       with context:
-        found.append(nnx.capture(nnx.merge(model, variables), Statistics)(*args, **kwargs)[1])
+        # A copy: both passes start from the same state, such as that of random numbers.
+        module = nnx.merge(model, variables, copy=True)
+        found.append(nnx.capture(module, Statistics)(*args, **kwargs)[1])
     return found[0], found[1]
 
   module: Any = nnx.merge(model, variables)

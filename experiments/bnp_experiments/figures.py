@@ -146,7 +146,8 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   text = f"{caption(experiment)}: mean, and range as a band.{_chosen(experiment)}"
   text += (
     "\nSteps are those of whole epochs: the accuracy is measured after each epoch. Where none are "
-    "shown, it was not reached.\nSeconds: steps times the median time of a step, measured by itself."
+    "shown, it was not reached."
+    "\nSeconds: steps times the median time of a step, measured by itself."
   )
   untimed = {o.method.label for o in gathered if o.method.name in experiment.untimed}
   if untimed:

@@ -65,7 +65,8 @@ def test_the_comparison_has_the_accuracies(name):
     label = METHODS[method].label
     label = f"**{label}**" if "bnp" in method else label
     cells = (
-      f"{100 * o.final.mean():.1f} at {o.rate:g}{'*' * o.at_edge}" if o else "not run" for o in found
+      f"{100 * o.final.mean():.1f} at {o.rate:g}{'*' * o.at_edge}" if o else "not run"
+      for o in found
     )
     line = f"| {label} | {' | '.join(cells)} |"
     assert line in page("docs/comparison.md"), line
