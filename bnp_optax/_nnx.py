@@ -149,6 +149,9 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
     reporter = outer[1].nested(reporter)
 
   def report(module: nnx.Module, call: Call, outputs: Any) -> Any:
+    captures = getattr(module, "__captures__", ())
+    if isinstance(reporter, Reporter) and not any(type(x) is Statistics for x in captures):
+      return outputs  # Without a capture, sow would add a variable to the model.
     kernel = getattr(module, call.kernel)
     # A reference to the kernel keeps its id from being reused.
     _, owner = owners.setdefault(id(kernel), (kernel, module))
@@ -157,9 +160,6 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
         f"Layer {describe(module, call)} shares its {call.kernel} with another module. Their "
         "statistics would be attributed to one of them: share the module instead of the Param."
       )
-    captures = getattr(module, "__captures__", ())
-    if isinstance(reporter, Reporter) and not any(type(x) is Statistics for x in captures):
-      return outputs  # Without a capture, sow would add a variable to the model.
     call = dataclasses.replace(call, shape=kernel.shape)
     return reporter.report(module, Statistics, call, outputs)
 

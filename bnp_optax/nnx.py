@@ -181,7 +181,8 @@ def layers(
   def trace(state: Any, arrays: list[Any]) -> Any:
     model, (args, kwargs) = nnx.merge(graph, state), rebuild(arrays)
     with report_calls(Reporter(record, merge_observed, exact_windows, covers_nested=True)):
-      return nnx.capture(getattr(model, method), Statistics)(*args, **kwargs)[1]
+      # Not capture(model.method): of a jitted method, the first argument would be the model.
+      return nnx.capture(lambda m: getattr(m, method)(*args, **kwargs), Statistics)(model)[1]
 
   observations = jax.eval_shape(with_axes(trace, axis_name), state, arrays)
   owners = {

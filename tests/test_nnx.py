@@ -467,6 +467,33 @@ def test_without_capture():
     tx.update(before, tx.init(before), stats=sown)
 
 
+def test_another_view_of_the_model_that_is_not_captured():
+  """As of a target network, or the same model in evaluation, within the context of the other."""
+  model, x = MLP(rngs()), uniform(N, 5)
+  graph, state = nnx.split(model)
+
+  def sown(calls):
+    with sow_statistics():
+      for _ in range(calls):
+        nnx.merge(graph, state)(x)
+      return nnx.capture(nnx.merge(graph, state), Statistics)(x)[1]
+
+  chex.assert_trees_all_equal(sown(2), sown(0))
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode"])
+@pytest.mark.parametrize("transform", [nnx.jit, nnx.remat])
+def test_the_table_of_a_transformed_method(transform, method):
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.first, self.second = nnx.Linear(5, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+  plain = lambda self, x: self.second(jnp.tanh(self.first(x)))
+  setattr(Model, method, transform(plain))
+  layers = bnp_optax.nnx.layers(Model(rngs()), uniform(N, 5), method=method)
+  assert [*layers] == [("first", "kernel"), ("second", "kernel")]
+
+
 class MasksOfItsParts(nnx.Module):
   """A model that enters the context of each part itself."""
 

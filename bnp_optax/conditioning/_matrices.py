@@ -207,9 +207,8 @@ def collect_inputs(
   by_path: dict[Path, _Matrix] = by_kernel(matrices, _Matrix)
   inputs = []
   for layer, stats in zip(found, matched, strict=True):
-    H = None
-    if layer.path in by_path:
-      H = _without_outer_axes(by_path[layer.path].H, layer.layout.calls)
+    matrix = by_path.get(layer.path)
+    H = None if matrix is None else _without_outer_axes(matrix.H, layer.layout.calls)
     inputs.append(LayerInputs(layer, leaves[layer.kernel].shape, H, stats))
   return layers, inputs
 
@@ -254,8 +253,7 @@ def _nnx(
     found: list[Any] = []
     for context in (report_calls(_MATRICES), sow_statistics(examples=1)):
       with context:
-        # A copy: both passes start from the same state, such as that of random numbers.
-        module = nnx.merge(model, variables, copy=True)
+        module = nnx.merge(model, variables, copy=True)  # Both passes start from the same state.
         found.append(nnx.capture(module, Statistics)(*args, **kwargs)[1])
     return found[0], found[1]
 
