@@ -222,7 +222,7 @@ def bnp(
   running = RunningStatistics(
     decay, eps_relative, eps_absolute, debias, lag_guard, scale_layers, layers
   )
-  if not isinstance(inner, optax.GradientTransformation):
+  if not (hasattr(inner, "init") and hasattr(inner, "update")):
     raise TypeError(f"inner must be an optimizer, such as optax.adam(1e-3), got {inner!r}.")
   inner = optax.with_extra_args_support(inner)
 

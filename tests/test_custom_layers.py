@@ -652,6 +652,9 @@ def test_nnx_class_whose_base_class_reports_the_kernel_is_refused():
   with pytest.raises(ValueError, match="Half: its __call__ calls that of a base class"):
     bnp_optax.nnx.register(Half, "...d,df->...f")
   bnp_optax.nnx.register(Other, "...d,df->...f")
+  bnp_optax.nnx.register(
+    type("Partial", (Other,), {"__call__": nnx.jit(Other.__call__)}), "...d,df->...f"
+  )
   assert len(bnp_optax.nnx.layers(Other(5, 4, rngs=nnx.Rngs(0)), uniform(7, 5))) == 1
 
 

@@ -95,6 +95,14 @@ def test_layers_without_the_scale_q(inner):
 # Errors.
 
 
+@pytest.mark.parametrize("inner", [1e-3, optax.adam, optax.constant_schedule(1e-3)])
+def test_an_inner_optimizer_that_is_none(inner):
+  with pytest.raises(
+    TypeError, match=r"inner must be an optimizer, such as optax.adam\(1e-3\), got"
+  ):
+    bnp_optax.bnp(inner)
+
+
 @pytest.mark.parametrize("value", [optax.constant_schedule(0.9), optax.adam(1e-3), "0.9"])
 def test_numbers_of_another_type(value):
   with pytest.raises(TypeError, match=r"decay must be a number, got .*inject_hyperparams.*bnp\("):
