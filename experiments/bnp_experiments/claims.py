@@ -143,14 +143,17 @@ def improves_by_kappa_of_D_squared() -> Judge:  # noqa: N802
     outcome = find(outcomes, "bnp", None)
     if outcome is None or not outcome.conditioning:
       return _not_run("bnp")
-    plain, near, measured = _later(outcome, "plain"), {}, []
-    for epsilons in ("paper", "none"):
+    plain = _later(outcome, "plain")
+
+    def medians(epsilons: str) -> tuple[np.ndarray, np.ndarray, str]:
       gain = np.median(plain / _later(outcome, f"preconditioned, epsilons {epsilons}"), axis=1)
       expected = np.median(_later(outcome, f"D, epsilons {epsilons}") ** 2, axis=1)
-      near[epsilons] = np.abs(np.log10(gain / expected)) <= 1
-      text = "" if epsilons == "paper" else "without epsilons "
-      measured.append(f"{text}by {np.mean(gain):.1f}, kappa(D)^2 = {np.mean(expected):.1e}")
-    return Judgement(_decide_runs(near["paper"]), "; ".join(measured))
+      shown = f"by {np.mean(gain):.1f}, kappa(D)^2 = {np.mean(expected):.1e}"
+      return gain, expected, shown
+
+    gain, expected, shown = medians("paper")
+    near = np.abs(np.log10(gain / expected)) <= 1
+    return Judgement(_decide_runs(near), f"{shown}; without epsilons {medians('none')[2]}")
 
   return judge
 
