@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax._layout import KernelLayout
+from bnp_optax._recurrence import leading_of_sequences
 
 # The names under which layers sow begin with it.
 PREFIX = "layer_statistics"
@@ -23,6 +24,7 @@ class Call:
     kernel: Name of the kernel leaf.
     problem: Why BNP is not defined for this call, or empty.
     batched: False for a convolution of a single map, whose first axis is not an axis of examples.
+    partial: Whether a transform may call the layer with a part of the batch.
     shape: Shape of the kernel parameter that `layout` refers to; empty if not yet known.
   """
 
@@ -33,6 +35,7 @@ class Call:
   kernel: str = "kernel"
   problem: str = ""
   batched: bool = True
+  partial: bool = False
   shape: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
@@ -43,7 +46,8 @@ class Call:
 
   def example_shape(self, example_axes: int) -> tuple[int, ...]:
     """Return the sizes of the axes that count examples, of ``example_axes`` in a batch."""
-    return self.leading[: max(0, example_axes - (not self.batched))]
+    leading = leading_of_sequences(self.leading)
+    return leading[: max(0, example_axes - (not self.batched))]
 
   @property
   def leading(self) -> tuple[int, ...]:

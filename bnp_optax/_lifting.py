@@ -26,8 +26,9 @@ import numpy as np
 
 from bnp_optax._calls import PREFIX, Call
 from bnp_optax._observations import Observation
-from bnp_optax._patching import Wrappers
-from bnp_optax._reporting import Reporter, activate
+from bnp_optax._patching import Wrappers, activate
+from bnp_optax._recurrence import count_loops
+from bnp_optax._reporting import Reporter
 from bnp_optax._trees import Path
 
 COLLECTION = "intermediates"
@@ -220,7 +221,8 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
     elif axes:
       shape = tuple(call.shape[axes.index(axis)] for axis in range(len(axes)))
       call = dataclasses.replace(call, layout=call.layout.moved(axes), shape=shape)
-  return dataclasses.replace(call, problem=call.problem or problem)
+  partial = sum(x.axis is None for x in transforms) > count_loops()
+  return dataclasses.replace(call, problem=call.problem or problem, partial=partial)
 
 
 def _mapped_axes(

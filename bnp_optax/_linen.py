@@ -19,8 +19,9 @@ from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._lifting import COLLECTION, refer_to_parameter, wrappers
-from bnp_optax._patching import Patches, Wrappers
-from bnp_optax._reporting import Reporter, activate
+from bnp_optax._patching import Patches, Wrappers, activate
+from bnp_optax._recurrence import enter_step, with_index
+from bnp_optax._reporting import Reporter
 from bnp_optax._taps import TapReporter
 from bnp_optax._trees import show_path
 
@@ -45,6 +46,8 @@ _READERS: dict[Callable[..., Any], dict[str, _Read]] = {
 
 # Wrappers of one layer, which replace its kernel by a function of its parameter.
 _WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn.SpectralNorm))
+
+_RNN = inspect.unwrap(nn.RNN.__call__)
 
 _active: contextvars.ContextVar[Reporter | TapReporter | None] = contextvars.ContextVar(
   "linen", default=None
@@ -186,29 +189,38 @@ def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:
   def call_wrapped_method(
     self: nn.Module, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
   ) -> Any:
-    function, reporter = inspect.unwrap(fun), _active.get()
-    if reporter is None or function not in (*_READERS, *_WRAPPERS):
-      return original(self, fun, args, kwargs)
-
-    @functools.wraps(fun)
-    def call_and_report(layer: Any, *args: Any, **kwargs: Any) -> Any:
-      # Values sown while a wrapper maps the layer's variables are lost. The wrapper reports the
-      # inputs in place of the layer.
-      wraps_layer = function in _WRAPPERS
-      inner = activate(_active, None, reporter.key) if wraps_layer else contextlib.nullcontext()
-      with inner:
-        outputs = fun(layer, *args, **kwargs)
-      read = function
-      if wraps_layer:
-        layer = layer.layer_instance
-        read = inspect.unwrap(type(layer).__call__)
-        kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
-      for reader in _READERS.get(read, {}).values():
-        method = functools.partial(read, layer)
-        for call in reader(layer, reporter.exact_windows, outputs, method, args, kwargs):
-          outputs = _report(reporter, layer, call, outputs)
-      return outputs
-
-    return original(self, call_and_report, args, kwargs)
+    reporter = _active.get()
+    with enter_step(args) as args:
+      return original(self, fun if reporter is None else _reporting(fun, reporter), args, kwargs)
 
   return call_wrapped_method
+
+
+def _reporting(fun: Any, reporter: Reporter | TapReporter) -> Any:
+  """Return a method of a module that also reports the call, if it is that of a layer."""
+  function = inspect.unwrap(fun)
+  if function is _RNN:
+    return with_index(fun)
+  if function not in (*_READERS, *_WRAPPERS):
+    return fun
+
+  @functools.wraps(fun)
+  def call_and_report(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    # Values sown while a wrapper maps the layer's variables are lost. The wrapper reports the
+    # inputs in place of the layer.
+    wraps_layer = function in _WRAPPERS
+    inner = activate(_active, None, reporter.key) if wraps_layer else contextlib.nullcontext()
+    with inner:
+      outputs = fun(layer, *args, **kwargs)
+    read = function
+    if wraps_layer:
+      layer = layer.layer_instance
+      read = inspect.unwrap(type(layer).__call__)
+      kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+    for reader in _READERS.get(read, {}).values():
+      method = functools.partial(read, layer)
+      for call in reader(layer, reporter.exact_windows, outputs, method, args, kwargs):
+        outputs = _report(reporter, layer, call, outputs)
+    return outputs
+
+  return call_and_report

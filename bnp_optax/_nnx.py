@@ -20,8 +20,9 @@ from bnp_optax import _readers
 from bnp_optax._calls import Call
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._patching import Patches, Wrappers
-from bnp_optax._reporting import Reporter, activate
+from bnp_optax._patching import Patches, Wrappers, activate
+from bnp_optax._recurrence import enter_step, with_index
+from bnp_optax._reporting import Reporter
 from bnp_optax._taps import TapReporter
 
 
@@ -57,7 +58,7 @@ _READERS: dict[tuple[type[nnx.Module], str], dict[str, _Read]] = {
 
 # A function that reports a call of a module to the reporter of this thread, and the reporter.
 _active: contextvars.ContextVar[Any] = contextvars.ContextVar("nnx", default=None)
-_patches = Patches()
+_patches, _cell_patches = Patches(), Patches()
 
 
 def register(
@@ -167,6 +168,7 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
     target: functools.partial(_reporting_method, readers=readers)
     for target, readers in _READERS.items()
   }
+  methods[nnx.RNN, "__call__"] = _recurrent_method
   with activate(_active, (report, reporter), reporter.key), _patches.applied(methods):
     yield
 
@@ -188,6 +190,31 @@ def _reporting_method(
     return outputs
 
   return call_and_report
+
+
+def _cell_method(original: Callable[..., Any]) -> Callable[..., Any]:
+  """Return the method of a cell that takes its inputs with the index of the step."""
+
+  @functools.wraps(original)
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with enter_step(args) as args:
+      return original(self, *args, **kwargs)
+
+  return call
+
+
+def _recurrent_method(original: Callable[..., Any]) -> Callable[..., Any]:
+  """Return the method of a recurrent layer that also passes the index of each step to its cell."""
+
+  @functools.wraps(original)
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _active.get() is None:
+      return original(self, *args, **kwargs)
+    cell_class = next(x for x in type(self.cell).__mro__ if "__call__" in vars(x))
+    with _cell_patches.applied({(cell_class, "__call__"): _cell_method}):
+      return with_index(original)(self, *args, **kwargs)
+
+  return call
 
 
 def describe(module: nnx.Module, call: Call) -> str:

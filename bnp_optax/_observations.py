@@ -52,7 +52,7 @@ class Observation:
 def observe_call(call: Call, kind: str) -> Observation:
   """Return the observation of one call of a layer."""
   # Not max(): a symbolic size cannot be compared with 1.
-  examples = math.prod(call.example_shape(1)) or 1
+  examples = math.prod(call.leading[: int(call.batched)]) or 1
   rows = math.prod(call.leading) if call.rows is None else call.rows
   return Observation(
     marker=jnp.zeros(()),

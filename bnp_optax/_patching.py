@@ -1,12 +1,36 @@
-"""Attributes of a framework that are replaced while a context is open in any thread."""
+"""What a context replaces: values of its own thread, and attributes of a framework in every one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 import contextlib
+import contextvars
 import threading
 from typing import Any
 
+import jax
+
 # Makes the replacement of an attribute from its value.
 Wrappers = dict[tuple[Any, str], Callable[[Any], Any]]
+
+# Part of the key of every cache of traced functions. A function that was traced without statistics,
+# or with other ones, is traced again.
+_cache_key = jax.make_user_context()
+
+
+@contextlib.contextmanager
+def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -> Iterator[None]:
+  """Set a context variable within this context and thread.
+
+  Args:
+    variable: The variable that the hooks of one framework read. The innermost context wins.
+    value: Its value.
+    key: Functions traced under an equal key are reused.
+  """
+  token = variable.set(value)
+  try:
+    with _cache_key(key):
+      yield
+  finally:
+    variable.reset(token)
 
 
 class Patches:

@@ -6,9 +6,7 @@ variable, the framework's hooks (see `linen` and `nnx`) pass it every call of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-import contextlib
-import contextvars
+from collections.abc import Callable, Hashable, Mapping
 import dataclasses
 import math
 from typing import Any
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._calls import Call
+from bnp_optax._recurrence import leading_of_sequences, mask_of_step
 from bnp_optax._statistics import (
   AxisName,
   LayerStatistics,
@@ -32,10 +31,6 @@ from bnp_optax._trees import Path, has_prefix, show_path
 
 # A function of a layer and the inputs of a call.
 Exclude = Callable[[Any, jax.Array], bool]
-
-# Part of the key of every cache of traced functions. A function that was traced without statistics,
-# or with other ones, is traced again.
-_cache_key = jax.make_user_context()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +79,6 @@ class Reporter:
         reduce_fn=lambda old, new: new if old is None else self.merge(old, new),
       )
     return outputs
-
-
-@contextlib.contextmanager
-def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -> Iterator[None]:
-  """Set a context variable within this context and thread.
-
-  Args:
-    variable: The variable that the hooks of one framework read. The innermost context wins.
-    value: Its value.
-    key: Functions traced under an equal key are reused.
-  """
-  token = variable.set(value)
-  try:
-    with _cache_key(key):
-      yield
-  finally:
-    variable.reset(token)
 
 
 class Masks:
@@ -211,7 +189,7 @@ def call_statistics(
   """Compute the statistics of one call of the layer called ``name``."""
   if call.problem:
     return NoStatistics(call.kernel, call.problem)
-  inputs, leading = call.inputs, call.leading
+  inputs, leading = call.inputs, leading_of_sequences(call.leading)
   example_shape = call.example_shape(example_axes)
   if inputs.size == 0:
     raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
@@ -225,10 +203,11 @@ def call_statistics(
       examples = examples // counts.size * jnp.sum(counts)
   if mask is not None:
     mask = jnp.broadcast_to(jnp.expand_dims(mask, range(mask.ndim, len(leading))), leading)
+    mask = mask_of_step(mask)
   statistics = layer_statistics(
     inputs,
     examples=examples,
-    rows=math.prod(leading) if call.rows is None else call.rows,
+    rows=math.prod(call.leading) if call.rows is None else call.rows,
     mask=mask,
     stack=call.stack,
     axis_name=axis_name,
@@ -239,7 +218,14 @@ def call_statistics(
 
 def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
   """Return a mask without the axes that a layer's inputs lack: a position counts if any does."""
-  leading = call.leading
+  leading = leading_of_sequences(call.leading)
+  if call.partial and mask.ndim > len(leading):
+    raise ValueError(
+      f"Layer {name}: the mask of shape {mask.shape} has more axes than its inputs of shape "
+      f"{call.inputs.shape}, and nn.scan or nn.vmap may pass it a part of the batch in each call. "
+      "Inside the function that is mapped, call the layer within its own "
+      "sow_statistics(mask=...) context with the mask of that part."
+    )
   common = min(mask.ndim, len(leading))
   if mask.shape[:common] != leading[:common]:
     exact = " windows, those of exact_windows=True," if call.layout.exact_windows else " inputs"

@@ -97,9 +97,10 @@ def sow_statistics(
     mask: True, or nonzero, for positions that count and False for padding. Its axes, such as
       ``[batch]`` or ``[batch, time]``, are the leading axes of every layer's inputs, with the zeros
       that a transposed convolution inserts. Where inputs lack some of them, as in a head after
-      pooling or a recurrent cell inside a scan, an example counts if any of its positions does. A
-      mapping from prefixes of the layers' paths to masks or None gives each layer the mask of its
-      longest prefix, as in ``{"encoder": mask, "": other}``. A layer without one has no mask.
+      pooling, an example counts if any of its positions does. The cell of an `nn.RNN` has the
+      mask of its inputs, ``[batch, time]`` also with ``time_major``. A mapping from prefixes of the
+      layers' paths to masks or None gives each layer the mask of its longest prefix, as in
+      ``{"encoder": mask, "": other}``. A layer without one has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
       `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch and are equal along the axis.

@@ -80,7 +80,7 @@ def test_there_is_no_cycle():
     ("_preconditioner", set()),
     ("_trees", set()),
     ("_statistics", {"_layout"}),
-    ("_calls", {"_layout"}),
+    ("_calls", {"_layout", "_recurrence"}),
     ("_equations", {"_layout", "_calls"}),
     ("_readers", {"_layout", "_calls", "_equations"}),
     ("_patching", set()),

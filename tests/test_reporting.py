@@ -12,7 +12,8 @@ import pytest
 from bnp_optax import linen, nnx
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
-from bnp_optax._reporting import Masks, Reporter, activate, statistics_reporter, with_axes
+from bnp_optax._patching import activate
+from bnp_optax._reporting import Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 
 

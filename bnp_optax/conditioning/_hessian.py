@@ -12,7 +12,7 @@ from jax.core import Tracer
 import jax.numpy as jnp
 
 from bnp_optax._kernels import Layer, Layouts, choose_layer, find_layers
-from bnp_optax._reporting import activate
+from bnp_optax._patching import activate
 from bnp_optax._trees import Path, flatten_masked
 
 # Their outputs are the product and the bias, with the units last.
