@@ -163,7 +163,11 @@ BATCH_SIZES_CNN = dataclasses.replace(
   claims=BATCH_SIZES_FC.claims[:-2],
   panels=(*BATCH_SIZES_FC.panels[:2], ("adam", "muon", "bnp_debias", "bnp_adam_debias")),
   scales={
-    "smoke": BATCH_SIZES_FC.scales["smoke"] | {"network": CNN(filters=(4, 4, 4), width=8)},
+    "smoke": BATCH_SIZES_FC.scales["smoke"]
+    | {
+      "network": CNN(filters=(4, 4, 4), width=8),
+      "methods": BATCH_SIZES_FC.scales["smoke"]["methods"][:-2],
+    },
     "laptop": {"epochs": 3, "seeds": 2, "images": 5_000},
   },
 )
