@@ -193,7 +193,7 @@ def make_cell(name: str) -> Cell:
   methods = [*METHODS]
   shape, labels = (int(batch),), jax.ShapeDtypeStruct((int(batch),), jnp.int32)
   if network.startswith("gpt2"):
-    depth, width, vocabulary = (12, 768, 50257) if network == "gpt2" else (2, 48, 100)
+    depth, width, vocabulary = (12, 768, 50257) if network == "gpt2" else (1, 48, 100)
     tokens = jax.ShapeDtypeStruct((*shape, 1024 if network == "gpt2" else 16), jnp.int32)
     methods.remove("BatchNorm")
     return Cell(lambda _: Gpt2(depth, width, vocabulary, dtype), tokens, tokens, tuple(methods))

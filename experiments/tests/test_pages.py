@@ -112,6 +112,7 @@ def test_the_readme_has_the_quickstart():
       *("fig5-right", 2, "{} % with BatchNorm, at {} % with SGD and at {} % with BNP"),
       ("batchnorm", "sgd", "bnp"),
     ),
+    ("fig5-right", 2, "trained with Adam, ends at {} %", ("four_things",)),
   ],
 )
 def test_the_readme_has_the_long_runs(name, size, text, methods):
