@@ -85,15 +85,13 @@ class Diagnostics:
     under the sampling noise of a batch's mean), an improvement below 1, and a guard that divides
     the step by more than 2, or that acts in more than half of several steps.
     """
-    return [
-      _note(guarded=guarded, **{name: float(value[i]) for name, value in self._last().items()})
-      for i, guarded in enumerate(np.mean(np.atleast_2d(self.guard) > 1, axis=0).tolist())
-    ]
+    guarded = np.mean(np.atleast_2d(self.guard) > 1, axis=0).tolist()
+    return [_note(x, part) for x, part in zip(self._last(), guarded, strict=True)]
 
-  def _last(self) -> dict[str, np.ndarray]:
-    """Return the arrays of the last step by their names."""
-    arrays = {f.name: np.asarray(getattr(self, f.name)) for f in dataclasses.fields(self)[:-1]}
-    return {name: np.atleast_2d(array)[-1] for name, array in arrays.items()}
+  def _last(self) -> list[Diagnostics]:
+    """Return the numbers of each layer in the last step, as floats."""
+    last = jax.tree.map(lambda x: np.atleast_2d(x)[-1], self)
+    return [jax.tree.map(lambda x, i=i: float(x[i]), last) for i in range(len(self.names))]
 
   def __str__(self) -> str:
     """Return the table as plain text."""
@@ -108,12 +106,11 @@ class Diagnostics:
       "improvement",
     )
     lines: list[tuple[str, ...]] = [("layer", "rows", "dead", *columns, "")]
-    last = self._last()
-    for i, (name, note) in enumerate(zip(self.names, self.notes(), strict=True)):
-      rows, dead, features = (last[x][i] for x in ("rows", "dead", "features"))
-      dead = "-" if np.isnan(dead) else f"{int(dead)}/{int(features)}"
-      numbers = ("-" if np.isnan(x := last[column][i]) else f"{x:.3g}" for column in columns)
-      lines.append((name, f"{rows:.0f}", dead, *numbers, note))
+    for name, x, note in zip(self.names, self._last(), self.notes(), strict=True):
+      dead = "-" if np.isnan(x.dead) else f"{int(x.dead)}/{int(x.features)}"
+      numbers = (getattr(x, column) for column in columns)
+      shown = ("-" if np.isnan(number) else f"{number:.3g}" for number in numbers)
+      lines.append((name, f"{x.rows:.0f}", dead, *shown, note))
     return plain_table(lines, right=lines[0][1:-1])
 
 
@@ -251,41 +248,27 @@ def heat_map(history: Diagnostics, quantity: str = "largest_eigenvalue") -> Any:
   return figure
 
 
-def _note(
-  *,
-  rows: float,
-  features: float,
-  inputs: float,
-  dead: float,
-  outlier: float,
-  lag: float,
-  variance_ratio: float,
-  largest_eigenvalue: float,
-  guard: float,
-  guarded: float,
-  improvement: float,
-  **_: float,
-) -> str:
-  """Describe the problems of one layer."""
-  if rows == 0:
+def _note(x: Diagnostics, guarded: float) -> str:
+  """Describe the problems of one layer from its numbers and the part of the steps guarded."""
+  if x.rows == 0:
     return "no statistics, or no rows"
-  if np.isnan(largest_eigenvalue):
+  if np.isnan(x.largest_eigenvalue):
     return "its statistics are not finite"
   notes = []
-  if dead > features / 2:
-    notes.append(f"{int(dead)} of {int(features)} inputs are dead")
-  if outlier > _OUTLIER:
-    notes.append(f"an input's variance is {outlier:.1g} times the median")
-  if largest_eigenvalue > _LARGE_EIGENVALUE * (1 + inputs / rows):
-    if inputs * lag**2 > variance_ratio:
-      notes.append(f"the running mean is {lag:.2g} deviations behind")
+  if x.dead > x.features / 2:
+    notes.append(f"{int(x.dead)} of {int(x.features)} inputs are dead")
+  if x.outlier > _OUTLIER:
+    notes.append(f"an input's variance is {x.outlier:.1g} times the median")
+  if x.largest_eigenvalue > _LARGE_EIGENVALUE * (1 + x.inputs / x.rows):
+    if x.inputs * x.lag**2 > x.variance_ratio:
+      notes.append(f"the running mean is {x.lag:.2g} deviations behind")
     # Without a bias, the mean that is not centred makes the eigenvalue large.
-    elif 2 * variance_ratio > _LARGE_EIGENVALUE:
-      notes.append(f"a variance is {variance_ratio:.2g} times the preconditioner's")
-  if guard > _LARGE_GUARD:
-    notes.append(f"the guard divides the step by {guard:.2g}")
+    elif 2 * x.variance_ratio > _LARGE_EIGENVALUE:
+      notes.append(f"a variance is {x.variance_ratio:.2g} times the preconditioner's")
+  if x.guard > _LARGE_GUARD:
+    notes.append(f"the guard divides the step by {x.guard:.2g}")
   elif _FREQUENT_GUARD < guarded < 1:
     notes.append(f"the guard acts in {guarded:.0%} of the steps: lower the learning rate")
-  if improvement < 1:
+  if x.improvement < 1:
     notes.append("BNP raises the condition number")
   return "; ".join(notes)
