@@ -112,14 +112,8 @@ class Tapped:
     # Within sow_statistics, the layers report to it.
     if is_sowing():
       return self.model.apply(variables, *args, **kwargs)
-    params, expected = count_examples(
-      variables.get("params", {}),
-      args,
-      {name: x for name, x in kwargs.items() if name != "rngs"},
-      self.examples,
-      self.example_axes,
-      self.batch_argument,
-    )
+    counted = {name: x for name, x in kwargs.items() if name != "rngs"}
+    params, expected = count_examples(self, variables.get("params", {}), args, counted)
     reporter = TapReporter(_find_tap, _describe, self.exact_windows, self.example_axes, expected)
     with report_calls(reporter):
       outputs = self.model.apply({**variables, "params": params}, *args, **kwargs)

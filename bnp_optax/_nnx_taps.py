@@ -83,14 +83,7 @@ class Tapped(nnx.Module):
     if is_reporting():
       return model(*args, **kwargs)
     graph, taps, rest = nnx.split(model, Tap, ...)
-    counted, expected = count_examples(
-      nnx.to_pure_dict(taps),
-      args,
-      kwargs,
-      self.examples,
-      self.example_axes,
-      self.batch_argument,
-    )
+    counted, expected = count_examples(self, nnx.to_pure_dict(taps), args, kwargs)
     taps = jax.tree.map(lambda x: x, taps)
     nnx.replace_by_pure_dict(taps, counted)
     reporter = TapReporter(_find_tap, describe, self.exact_windows, self.example_axes, expected)

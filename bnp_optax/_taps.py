@@ -121,21 +121,15 @@ def check_settings(examples: int, example_axes: int) -> None:
 
 
 def count_examples(
-  params: Any,
-  args: Sequence[Any],
-  kwargs: Mapping[str, Any],
-  examples: int,
-  example_axes: int,
-  batch_argument: int | str | None,
+  tapped: Any, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[Any, int | None]:
-  """Return parameters whose taps count the examples of one call of the model.
+  """Return parameters whose taps count the examples of one call of a `Tapped` model.
 
-  Also return their number if the arguments disagree about it, and None if they agree, or if
-  `batch_argument` decides. The other arguments are those of `Tapped` and of the call.
-
-  Raises:
-    ValueError: If no argument has the example axes, or there is no ``batch_argument``.
+  Also return their number if the arguments disagree about it, and None if they agree, or if its
+  ``batch_argument`` decides. Raise ValueError if no argument has the example axes, or there is no
+  ``batch_argument``.
   """
+  example_axes, batch_argument = tapped.example_axes, tapped.batch_argument
   named = dict(enumerate(args)) | dict(kwargs)
   if batch_argument is not None and batch_argument not in named:
     raise ValueError(
@@ -157,7 +151,7 @@ def count_examples(
 
   def count_call(tap: Any) -> Any:
     counted = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
-    return _count(count, count / examples, {**tap, **counted})
+    return _count(count, count / tapped.examples, {**tap, **counted})
 
   unclear = batch_argument is None and len(set(counts)) > 1
   return map_taps(count_call, params), count if unclear else None
