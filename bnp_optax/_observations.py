@@ -49,14 +49,14 @@ class Observation:
   problem: str = dataclasses.field(metadata={"static": True})
 
 
-def observe_call(call: Call, kind: str) -> Observation:
+def observe_call(module: Any, call: Call) -> Observation:
   """Return the observation of one call of a layer."""
   # Not max(): a symbolic size cannot be compared with 1.
   examples = math.prod(call.leading[: int(call.batched)]) or 1
   rows = math.prod(call.leading) if call.rows is None else call.rows
   return Observation(
     marker=jnp.zeros(()),
-    kind=kind,
+    kind=type(module).__name__,
     kernel=call.kernel,
     shape=call.shape,
     inputs=call.inputs.shape,
@@ -77,29 +77,21 @@ def merge_observed(a: Observation, b: Observation) -> Observation:
 
 
 class Owner(NamedTuple):
-  """The module that a parameter belongs to.
+  """The module that a parameter belongs to."""
 
-  Attributes:
-    kind: Class of the module.
-    ndim: Number of axes of the parameter inside the module.
-    linear: Whether the parameter may be the kernel of a linear layer. Embeddings and the
-      parameters of norms are not.
-  """
-
-  kind: str
-  ndim: int
-  linear: bool
+  kind: str  # Class of the module.
+  ndim: int  # Number of axes of the parameter inside the module.
+  linear: bool  # Whether the parameter may be the kernel of a linear layer.
 
   @classmethod
-  def of(
-    cls, module: Any, name: str, ndim: int, embeddings: type, norms: tuple[type, ...]
-  ) -> "Owner":
-    """Return the owner of the parameter that a module has under a name."""
+  def of(cls, module: Any, name: str, ndim: int, others: Mapping[str, Any]) -> "Owner":
+    """Return the owner of the parameter that a module has under a name.
+
+    ``others`` has the classes whose parameter of a name is not the kernel of a linear layer.
+    """
     # nn.WeightNorm names its parameters after the kernels that it scales.
-    leaf = name.rpartition("/")[-1]
-    embedding = isinstance(module, embeddings) and leaf == "embedding"
-    norm = isinstance(module, norms) and leaf in ("scale", "bias")
-    return cls(type(module).__name__, ndim, not (embedding or norm))
+    other = isinstance(module, others.get(name.rpartition("/")[-1], ()))
+    return cls(type(module).__name__, ndim, not other)
 
 
 def make_layers(
@@ -107,25 +99,14 @@ def make_layers(
   observations: Any,
   called: Mapping[Path, str],
   owners: Mapping[Path, Owner],
-  lost: str,
   strict: bool,
   ignore: Collection[str],
 ) -> Layers:
-  """Make the table of a model.
+  """Make the table of a model from its parameters and the tree of its observations.
 
-  Args:
-    params: The parameters, or their shapes.
-    observations: A tree in which each `Observation` lies beside its kernel.
-    called: Class of every linear layer that was called, by the path of its kernel, including those
-      whose observation was lost.
-    owners: The owners of the parameters that are known, by path.
-    lost: Why an observation may have been lost, and how to prevent it.
-    strict: Whether to raise if a parameter is not covered.
-    ignore: Prefixes of the paths of parameters that may pass through.
-
-  Raises:
-    ValueError: If `strict` and a parameter is not covered, which the message names with the reason;
-      or if a prefix in `ignore` is that of no parameter.
+  By path, ``called`` has the class of every linear layer that was called, also if its observation
+  was lost, and ``owners`` the owners that are known. ``strict`` and ``ignore`` are those of
+  `bnp_optax.linen.layers`.
   """
   shapes = {path: tuple(x.shape) for path, x in flatten(params)}
   for prefix in ignore:
@@ -150,7 +131,8 @@ def make_layers(
       entries[path], bias = _entry(path, shape, observed[path], shapes)
       biases.add(bias)
     elif path in called:
-      entries[path] = passed_by(path, called[path], lost, covered=False)
+      reason = "its statistics do not leave the lifted transform around it, such as nn.while_loop"
+      entries[path] = passed_by(path, called[path], reason, covered=False)
     elif owner.linear and owner.ndim >= 2 and path not in beside:
       reason = "no linear layer was called with it: a class that is not registered, or no call"
       entries[path] = passed_by(path, owner.kind, reason, covered=None)

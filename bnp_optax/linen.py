@@ -27,10 +27,9 @@ from bnp_optax._trees import Path, split_arrays
 
 __all__ = ["Tapped", "layers", "register", "remove_taps", "report", "sow_statistics"]
 
-_NORMS = (
-  *(nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm),
-  nn.WeightNorm,
-)
+_NORMS = (nn.BatchNorm, nn.GroupNorm, nn.InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.WeightNorm)
+# The classes of which a parameter of this name is not the kernel of a linear layer.
+_OTHERS = {"embedding": nn.Embed, "scale": _NORMS, "bias": _NORMS}
 
 
 @contextlib.contextmanager
@@ -121,13 +120,9 @@ def sow_statistics(
       ``update`` of an optimizer that needs the layer's statistics.
     NameError: While tracing, if there is no mapped axis of the name `axis_name`.
   """
-
-  def locate(module: nn.Module, call: Call) -> Path:
-    del call
-    return module.path
-
-  masks, options = Masks(mask), (axis_name, exact_windows, exclude)
-  reporter = statistics_reporter(locate, examples, example_axes, masks, *options)
+  masks = Masks(mask)
+  options = (examples, example_axes, masks, axis_name, exact_windows, exclude)
+  reporter = statistics_reporter(lambda module, _: module.path, *options)
   with report_calls(reporter) as active:
     yield
   if active is reporter:
@@ -200,8 +195,9 @@ def layers(
   owners: dict[Path, Owner] = {}
 
   def record(module: nn.Module, call: Call) -> Observation:
-    kind = called[(*module.path, call.kernel)] = type(module).__name__
-    return observe_call(call, kind)
+    observation = observe_call(module, call)
+    called[(*module.path, call.kernel)] = observation.kind
+    return observation
 
   def note_owner(
     next_fun: Callable[..., Any],
@@ -213,7 +209,7 @@ def layers(
     if module.scope is not None:
       for name, x in nn.meta.unbox(module.variables).get("params", {}).items():
         if not isinstance(x, Mapping):
-          owner = Owner.of(module, name, jnp.ndim(x), nn.Embed, _NORMS)
+          owner = Owner.of(module, name, jnp.ndim(x), _OTHERS)
           owners.setdefault((*module.path, name), owner)
     return outputs
 
@@ -238,12 +234,4 @@ def layers(
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   params, observations = jax.eval_shape(with_axes(trace, axis_name), key, arrays)
-  return make_layers(
-    params,
-    observations,
-    called,
-    owners,
-    "its statistics do not leave the lifted transform around it, such as nn.while_loop",
-    strict,
-    ignore,
-  )
+  return make_layers(params, observations, called, owners, strict, ignore)

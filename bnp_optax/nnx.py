@@ -13,11 +13,10 @@ from typing import Any
 from flax import nnx
 import jax
 
-from bnp_optax._calls import Call
 from bnp_optax._layers import Layers
 from bnp_optax._nnx import Statistics, describe, register, report, report_calls
 from bnp_optax._nnx_taps import Tap, Tapped, remove_taps
-from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
+from bnp_optax._observations import Owner, make_layers, merge_observed, observe_call
 from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
@@ -34,6 +33,8 @@ __all__ = [
 ]
 
 _NORMS = (nnx.BatchNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.LayerNorm, nnx.RMSNorm)
+# The classes of which a parameter of this name is not the kernel of a linear layer.
+_OTHERS = {"embedding": nnx.Embed, "scale": _NORMS, "bias": _NORMS}
 
 
 @contextlib.contextmanager
@@ -169,10 +170,6 @@ def layers(
   Raises:
     ValueError: In the cases of `bnp_optax.linen.layers`.
   """
-
-  def record(module: nnx.Module, call: Call) -> Observation:
-    return observe_call(call, type(module).__name__)
-
   arrays, rebuild = split_arrays((args, kwargs))
 
   # nnx.eval_shape would read the sharding of what was sown.
@@ -180,17 +177,17 @@ def layers(
 
   def trace(state: Any, arrays: list[Any]) -> Any:
     model, (args, kwargs) = nnx.merge(graph, state), rebuild(arrays)
-    with report_calls(Reporter(record, merge_observed, exact_windows, covers_nested=True)):
+    with report_calls(Reporter(observe_call, merge_observed, exact_windows, covers_nested=True)):
       # Not capture(model.method): of a jitted method, the first argument would be the model.
       return nnx.capture(lambda m: getattr(m, method)(*args, **kwargs), Statistics)(model)[1]
 
   observations = jax.eval_shape(with_axes(trace, axis_name), state, arrays)
   owners = {
-    tuple(map(str, (*path, name))): Owner.of(module, name, x.ndim, nnx.Embed, _NORMS)
+    tuple(map(str, (*path, name))): Owner.of(module, name, x.ndim, _OTHERS)
     for path, module in nnx.iter_graph(model)
     if isinstance(module, nnx.Module)
     for name, x in vars(module).items()
     if isinstance(x, nnx.Param)
   }
   params = nnx.state(model, nnx.All(nnx.Param, nnx.Not(Tap)))
-  return make_layers(params, observations, {}, owners, "", strict, ignore)
+  return make_layers(params, observations, {}, owners, strict, ignore)
