@@ -29,7 +29,7 @@ from bnp_optax._observations import Observation
 from bnp_optax._patching import Wrappers, activate
 from bnp_optax._recurrence import count_loops
 from bnp_optax._reporting import Reporter
-from bnp_optax._trees import Path
+from bnp_optax._trees import Path, flatten
 
 COLLECTION = "intermediates"
 
@@ -233,19 +233,18 @@ def _mapped_axes(
   The function is applied to a parameter of the same rank whose axes have different lengths. Its
   derivative must be the transposition, so that the gradients of both are the same numbers.
   """
-  keys = ("params", *path)
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
-  index = next((i for i, (p, _) in enumerate(leaves) if _names(p) == keys), None)
-  if index is None:
+  leaves, treedef = jax.tree.flatten(variables)
+  paths = [found for found, _ in flatten(variables)]
+  if ("params", *path) not in paths:
     return None
-  parameter = leaves[index][1]
+  index = paths.index(("params", *path))
+  parameter = leaves[index]
   lengths = tuple(range(2, 2 + parameter.ndim))
 
   def image_of(parameter: jax.Array, value: jax.Array) -> jax.Array:
-    values = [jnp.full(leaf.shape, value, leaf.dtype) for _, leaf in leaves]
+    values = [jnp.full(leaf.shape, value, leaf.dtype) for leaf in leaves]
     values[index] = parameter
-    images = jax.tree_util.tree_flatten_with_path(function(treedef.unflatten(values)))[0]
-    return {_names(p): leaf for p, leaf in images}[keys]
+    return dict(flatten(function(treedef.unflatten(values))))["params", *path]
 
   try:
     with jax.ensure_compile_time_eval():
@@ -260,10 +259,6 @@ def _mapped_axes(
       return axes if np.allclose(np.float32(gradient), np.float32(probe), 0.05, 0) else None
   except Exception:
     return None
-
-
-def _names(keys: tuple[Any, ...]) -> Path:
-  return tuple(str(key.key) for key in keys if hasattr(key, "key"))
 
 
 def _scopes(scope_tree: Any) -> tuple[Scope, ...]:
