@@ -100,10 +100,8 @@ def equation_call(
   # A sum over an axis of the inputs alone commutes with the product.
   h = jnp.einsum(f"{given}->{''.join(leading + stack + feature)}", inputs)
   h = h.reshape(*h.shape[: len(leading) + len(stack)], -1)
-  axes = (tuple(weights.index(c) for c in letters) for letters in (stack, feature, output))
-  layout = KernelLayout(
-    **dict(zip(("stack", "feature", "output"), axes, strict=True)), bias=bias or ""
-  )
+  axes = [tuple(map(weights.index, letters)) for letters in (stack, feature, output)]
+  layout = KernelLayout(axes[0], (), axes[1], axes[2], bias=bias or "")
   return Call(layout, h, stack=len(stack), kernel=kernel)
 
 

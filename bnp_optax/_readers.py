@@ -8,7 +8,6 @@ serves both.
 from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
-import itertools
 import math
 from typing import Any
 
@@ -116,9 +115,8 @@ def read(
 
 def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:
   """Return the layout of a kernel whose axes are stack, feature and output, in this order."""
-  axes = iter(range(stack + feature + output))
-  take = (tuple(itertools.islice(axes, n)) for n in (stack, feature, output))
-  return KernelLayout(**dict(zip(("stack", "feature", "output"), take, strict=True)))
+  axes, inputs = tuple(range(stack + feature + output)), stack + feature
+  return KernelLayout(axes[:stack], (), axes[stack:inputs], axes[inputs:])
 
 
 def _masked_weights(layer: Any) -> str:
