@@ -17,12 +17,6 @@ def check_inner(
 ) -> None:
   """Raise ValueError if `bnp` cannot run an optimizer on these parameters."""
   started, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
-  _refuse_copies_of_parameters(started, state)
-  _refuse_split_layers(inner, params, layers, started, state)
-
-
-def _refuse_copies_of_parameters(started: Any, state: Any) -> None:
-  """Raise ValueError if the state that the traced ``init`` returns depends on the parameters."""
   nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
   lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in nodes)
   if lbfgs or any(_dependencies(started.jaxpr)):
@@ -32,6 +26,7 @@ def _refuse_copies_of_parameters(started: Any, state: Any) -> None:
       "the copy would be in outdated ones. Put BNP inside instead of outside, as in "
       "optax.contrib.schedule_free(bnp_optax.bnp(optax.sgd(rate)), rate)."
     )
+  _refuse_split_layers(inner, params, layers, started, state)
 
 
 def _refuse_split_layers(
