@@ -126,26 +126,19 @@ def survey(
 
 def _survey(inputs: LayerInputs, eps_1: float, eps_2: float) -> LayerSurvey:
   layout, shape = inputs.layer.layout, inputs.shape
-  bias = inputs.layer.bias is not None
-  nan = float("nan")
+  name, bias = str(inputs.layer), inputs.layer.bias is not None
   if inputs.H is None:
     features = layout.statistics_shape(shape)[-1] // layout.groups
     rows = int(np.max(np.asarray(inputs.statistics.rows)))
-    return LayerSurvey(str(inputs.layer), rows, layout.window_size(shape) * features, nan, nan, 0.0)
+    return LayerSurvey(name, rows, layout.window_size(shape) * features, np.nan, np.nan, 0.0)
   variance = inputs.statistics.variance if bias else inputs.statistics.mean_square
   mu, sigma = columns(inputs.statistics.mean, variance, shape, layout, eps_1, eps_2)
   mu = mu if bias else 0 * mu
   h, mu, sigma = np.asarray(inputs.H), *(np.asarray(x, np.float64) for x in (mu, sigma))
   pairs = [_estimates(*x, bias) for x in zip(h, mu, sigma, strict=True)]
   before, after = max(pairs, key=lambda pair: np.nan_to_num(pair[0].value))
-  return LayerSurvey(
-    str(inputs.layer),
-    h.shape[1],
-    h.shape[2],
-    before.value,
-    after.value,
-    max(before.error, after.error),
-  )
+  (_, rows, width), error = h.shape, max(before.error, after.error)
+  return LayerSurvey(name, rows, width, before.value, after.value, error)
 
 
 def _estimates(
