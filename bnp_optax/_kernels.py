@@ -16,19 +16,12 @@ Layouts = Mapping[Path, KernelLayout]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-  """One layer of the parameters.
-
-  Attributes:
-    path: Path of the kernel.
-    layout: Layout of the kernel.
-    kernel: Index of the kernel among the leaves.
-    bias: Index of the bias among the leaves; None without bias.
-  """
+  """One layer of the parameters: the path and layout of its kernel, and where its leaves are."""
 
   path: Path
   layout: KernelLayout
-  kernel: int
-  bias: int | None
+  kernel: int  # Index among the leaves.
+  bias: int | None  # Index among the leaves; None without bias.
 
   def __str__(self) -> str:
     return show_path(layer_path(self.path))
@@ -37,8 +30,7 @@ class Layer:
 def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
   """Return the layers whose kernels are in a tree of parameters or gradients.
 
-  Raises:
-    ValueError: If a kernel is not that of a linear layer, or if its bias is missing.
+  Raise ValueError if a kernel is not that of a linear layer, or if its bias is missing.
   """
   named = flatten(tree, optax.MaskedNode)
   leaves = [leaf for _, leaf in named]

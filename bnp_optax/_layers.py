@@ -113,17 +113,13 @@ def _show(shape: Shape) -> str:
 
 
 def plain_table(lines: Sequence[Sequence[str]], right: Collection[str]) -> str:
-  """Format a table as plain text.
+  """Format lines, the headings first, as plain text; columns in ``right`` are aligned to the right.
 
   >>> print(plain_table([("layer", "kappa"), ("conv", "3.1"), ("dense1", "12")], right={"kappa"}))
   layer   kappa
   -------------
   conv      3.1
   dense1     12
-
-  Args:
-    lines: Lines of equal length, the headings first.
-    right: Headings of the columns that are aligned to the right.
   """
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   align = [str.rjust if heading in right else str.ljust for heading in lines[0]]

@@ -38,17 +38,12 @@ _Active = contextvars.ContextVar[Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Lifted:
-  """A scan or vmap.
+  """A scan or vmap."""
 
-  Attributes:
-    axis: Axis of the parameters along which it stacks layers; None if it repeats calls of one.
-    added: Whether it returns the intermediates only for BNP.
-    own: Whether its ``variable_axes`` have an axis for the intermediates.
-  """
-
+  # Axis of the parameters along which it stacks layers; None if it repeats calls of one.
   axis: int | None
-  added: bool
-  own: bool
+  added: bool  # Whether it returns the intermediates only for BNP.
+  own: bool  # Whether its variable_axes have an axis for the intermediates.
 
 
 # A function of a path under a map_variables: for each axis of the kernel, the axis of the parameter
@@ -191,10 +186,7 @@ def leave_observation(a: Observation, axis: int | None) -> Observation:
 def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
   """Return a call whose layout and shape are those of the parameter, not of the mapped kernel.
 
-  Args:
-    call: A call of a layer, as the layer reports it.
-    path: Path of the kernel.
-    biased: Whether the layer has a bias.
+  ``path`` is that of the kernel, and ``biased`` tells whether the layer has a bias.
   """
   transforms = [x for x in _outer.get() if isinstance(x, _Lifted)]
   problem = ""

@@ -20,8 +20,7 @@ from bnp_optax._trees import Path, by_kernel, flatten, flatten_masked, is_masked
 def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list[LayerStatistics]:
   """Return the statistics of each layer, in the order of the layers.
 
-  Raises:
-    ValueError: If there are no statistics, or not for every layer, or not of its inputs.
+  Raise ValueError if there are no statistics, or not for every layer, or not of its inputs.
   """
   if stats is None:
     raise ValueError(
@@ -118,10 +117,8 @@ def match_state(
 ) -> list[Any]:
   """Return the leaves of a field of the state, in the order of the gradients' leaves.
 
-  ``shapes`` has the shape of the field's array for each layer that has one.
-
-  Raises:
-    ValueError: If the state was made for other parameters, or was cast to less than float32.
+  ``shapes`` has the shape of the field's array for each layer that has one. Raise ValueError if the
+  state was made for other parameters, or was cast to less than float32.
   """
   tree = unboxed(tree)
   found, structure = flatten_masked(tree)

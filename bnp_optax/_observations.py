@@ -24,18 +24,11 @@ from bnp_optax._trees import Path, by_kernel, flatten, has_prefix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Observation:
-  """A description of one layer, sown while the model is traced. Only the marker is a leaf.
+  """A description of one layer, sown while the model is traced.
 
-  Attributes:
-    marker: A scalar where it is sown. Scan and vmap stack it as they stack statistics.
-    kind: Class of the layer.
-    kernel: Name of the kernel leaf.
-    shape: Shape of the kernel inside the layer.
-    inputs: Shape of the inputs.
-    calls: Number of calls.
-    positions: Number of output positions of an example, over all calls.
-    layout: Layout of the kernel inside the layer.
-    problem: Why BNP is not defined for it, or empty.
+  Only the marker is a leaf: a scalar where it is sown, which scan and vmap stack as they stack
+  statistics. ``shape`` and ``layout`` are those of the kernel inside the layer. The other fields
+  are as in `LayerEntry` and `Call`.
   """
 
   marker: jax.Array
@@ -199,15 +192,10 @@ def _entry(
 def _stack_axes(shape: Shape, inner: Shape, outer: Shape) -> tuple[Shape, Shape] | None:
   """Match the axes that scan and vmap add to a kernel and to the marker.
 
-  Args:
-    shape: Shape of the parameter.
-    inner: Its shape inside the layer.
-    outer: Axes that the marker gained on its way out, the outermost first.
-
-  Returns:
-    The stack axes of the kernel, the outermost first, and the axes of the marker that are repeated
-    calls. Where the shapes leave a choice, the stack leads the kernel, as it does by default for
-    every scan and vmap. None if calls cannot be separated from the stack.
+  From the shape of the parameter, its shape inside the layer, and the axes that the marker gained
+  on its way out, return the stack axes of the kernel and the axes of the marker that are repeated
+  calls, the outermost first. Where the shapes leave a choice, the stack leads the kernel, as it
+  does by default for every scan and vmap. None if calls cannot be separated from the stack.
   """
   count = len(shape) - len(inner)
   if count < 0:

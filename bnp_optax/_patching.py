@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-# Makes the replacement of an attribute from its value.
+# Makes the replacement of an attribute of a class or module from its value, by owner and name.
 Wrappers = dict[tuple[Any, str], Callable[[Any], Any]]
 
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
@@ -18,12 +18,9 @@ _cache_key = jax.make_user_context()
 
 @contextlib.contextmanager
 def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -> Iterator[None]:
-  """Set a context variable within this context and thread.
+  """Set a context variable within this context and thread, where the innermost context wins.
 
-  Args:
-    variable: The variable that the hooks of one framework read. The innermost context wins.
-    value: Its value.
-    key: Functions traced under an equal key are reused.
+  Functions traced under an equal ``key`` are reused.
   """
   token = variable.set(value)
   try:
@@ -44,11 +41,7 @@ class Patches:
 
   @contextlib.contextmanager
   def applied(self, wrappers: Wrappers) -> Iterator[None]:
-    """Replace attributes, each by its wrapper of the original, within this context.
-
-    Args:
-      wrappers: Wrapper of each attribute, by its owner, a class or a module, and its name.
-    """
+    """Replace attributes, each by its wrapper of the original, within this context."""
     with self._lock:
       for (owner, name), wrap in wrappers.items():
         if (owner, name) not in self._originals:

@@ -64,11 +64,7 @@ class Reporter:
     return dataclasses.replace(self, exact_windows=exact_windows, key=key)
 
   def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:
-    """Sow the record of a call beside its kernel, merged with those of earlier calls.
-
-    Returns:
-      The outputs of the layer, unchanged.
-    """
+    """Sow the record of a call beside its kernel, merged with earlier ones; return the outputs."""
     value = self.record(module, call)
     if value is not None:
       module.sow(
@@ -82,11 +78,7 @@ class Reporter:
 
 
 class Masks:
-  """The mask of each layer: one for all, or that of the longest prefix of the layer's path.
-
-  Args:
-    mask: A mask, None, or a mapping from prefixes, such as ``"encoder/layer_0"``, to either.
-  """
+  """The mask of each layer: one for all, or that of the longest prefix of the layer's path."""
 
   def __init__(self, mask: Mask | Mapping[str, Mask]) -> None:
     """Convert the masks to arrays of booleans."""

@@ -59,12 +59,7 @@ class ScaleByBnpState(NamedTuple):
 
 
 class Preconditioners(NamedTuple):
-  """The preconditioner of every layer of a tree of parameters.
-
-  Attributes:
-    layers: The layers.
-    P: The preconditioner of each.
-  """
+  """The layers of a tree of parameters, and the preconditioner of each."""
 
   layers: list[Layer]
   P: list[Preconditioner]
@@ -101,12 +96,7 @@ def _map_layer(
 
 @dataclasses.dataclass(frozen=True)
 class RunningStatistics:
-  """Steps 2 and 3 of the algorithms for all layers. `scale_by_bnp` documents the fields.
-
-  Raises:
-    TypeError: If a number or `layers` is of another type.
-    ValueError: If a number is out of range.
-  """
+  """Steps 2 and 3 of the algorithms for all layers. `scale_by_bnp` documents the fields."""
 
   decay: ArrayLike
   eps_relative: ArrayLike
@@ -117,7 +107,7 @@ class RunningStatistics:
   layers: Layouts | None
 
   def __post_init__(self) -> None:
-    """Raise ValueError for values out of range, as far as they are concrete while tracing."""
+    """Raise TypeError for other types, and ValueError for concrete values out of range."""
     check_range("decay", self.decay, 1.0)
     check_range("eps_relative", self.eps_relative, math.inf)
     check_range("eps_absolute", self.eps_absolute, math.inf)

@@ -10,10 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def on_auto_axes(function: Callable[..., Any], *like: jax.Array | None) -> Callable[..., Any]:
   """Return a function that is compiled as on a mesh with axes of the type Auto.
 
-  Args:
-    function: Returns a tuple of arrays, or None, with the shardings of ``like``.
-    *like: Arrays, or None. If none of them is on a mesh with Explicit axes, ``function`` itself is
-      returned.
+  It returns a tuple of arrays, or None, with the shardings of ``like``. If none of those is on a
+  mesh with Explicit axes, it is ``function`` itself.
   """
   shardings = tuple(None if x is None else _explicit_sharding(x) for x in like)
   mesh = next((sharding.mesh for sharding in shardings if sharding), None)

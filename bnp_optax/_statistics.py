@@ -96,13 +96,9 @@ class LayerStatistics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoStatistics:
-  """Placeholder sown by a layer whose statistics are undefined. It has no leaves.
+  """Placeholder sown by a layer whose statistics are undefined, with the reason. It has no leaves.
 
   It is an error only for an optimizer that needs the layer's statistics.
-
-  Attributes:
-    kernel: As in `LayerStatistics`.
-    reason: Why there are no statistics.
   """
 
   kernel: str = dataclasses.field(metadata={"static": True})

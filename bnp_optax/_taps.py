@@ -86,9 +86,8 @@ def remove_taps(params: Any) -> Any:
 def read_taps(updates: Any, *, has_layers: bool) -> Any:
   """Return the statistics in the gradients of taps, beside the kernels; None without taps.
 
-  Args:
-    updates: Gradients, without boxes.
-    has_layers: Whether the layouts of the kernels are from the table of the model.
+  The gradients are without boxes. ``has_layers`` tells whether the layouts of the kernels are from
+  the table of the model.
   """
 
   def read(path: tuple[Any, ...], tap: Any) -> LayerStatistics | NoStatistics | None:
@@ -212,22 +211,15 @@ _identity.defvjp(_identity_forward, _identity_backward)
 class TapReporter:
   """Connects the calls of linear layers to their taps.
 
-  It shares `report` and `key` with `Reporter`.
-
-  Attributes:
-    find_tap: Returns the tap of the kernel of a module's call, given a function that makes it; None
-      if the module has none.
-    describe: Returns the name of the layer of a call in errors.
-    exact_windows: As in `Reporter`.
-    example_axes: As in `Tapped`.
-    expected: Number of examples that the layers must have; None without a check.
+  It shares `report` and `key` with `Reporter`. ``find_tap`` returns the tap of the kernel of a
+  module's call, given a function that makes it; None if the module has none.
   """
 
   find_tap: Callable[[Any, Call, Callable[[], Any]], Any]
-  describe: Callable[[Any, Call], str]
+  describe: Callable[[Any, Call], str]  # Returns the name of the layer of a call in errors.
   exact_windows: bool
   example_axes: int = 1
-  expected: int | None = None
+  expected: int | None = None  # Number of examples that the layers must have, if it is checked.
   _found: dict[int, str] = dataclasses.field(default_factory=dict, compare=False)
   _unique: object = dataclasses.field(default_factory=object, compare=False)
 

@@ -164,19 +164,12 @@ def columns(
 
 
 class LayerInputs(NamedTuple):
-  """One layer and its inputs in one forward pass.
-
-  Attributes:
-    layer: The layer.
-    shape: Shape of its kernel.
-    H: ``[stack, rows, window * feature]``; None for a circular transposed convolution.
-    statistics: Mean and variance that BNP would take from this batch.
-  """
+  """One layer, the shape of its kernel, and its inputs in one forward pass."""
 
   layer: Layer
   shape: tuple[int, ...]
-  H: jax.Array | None
-  statistics: LayerStatistics
+  H: jax.Array | None  # [stack, rows, window * feature]; None for circular transposed convolutions.
+  statistics: LayerStatistics  # Mean and variance that BNP would take from this batch.
 
 
 def collect_inputs(
@@ -184,10 +177,7 @@ def collect_inputs(
 ) -> tuple[Layers, list[LayerInputs]]:
   """Return the table of a model, and the inputs of its layers in the order of the parameters.
 
-  The arguments are those of `hidden_matrix`.
-
-  Raises:
-    ValueError: If BNP covers no layer of the model.
+  The arguments are those of `hidden_matrix`. Raise ValueError if BNP covers no layer of the model.
   """
   framework = _linen if isinstance(model, flax.linen.Module) else _nnx
   params, layers, call = framework(model, variables, args, kwargs)
