@@ -14,29 +14,16 @@ PREFIX = "layer_statistics"
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """The inputs of one call of a layer, and the layout of the kernel that they are multiplied by.
+  """The inputs of one call of a layer, and the layout of the kernel that they are multiplied by."""
 
-  Attributes:
-    layout: Layout of the kernel as the layer uses it.
-    inputs: Inputs, ``[*leading, *stack, features]``. The examples lead.
-    stack: Number of stack axes.
-    rows: Number of rows of ``H``; None if it is the number of leading positions.
-    kernel: Name of the kernel leaf.
-    problem: Why BNP is not defined for this call, or empty.
-    batched: False for a convolution of a single map, whose first axis is not an axis of examples.
-    partial: Whether a transform may call the layer with a part of the batch.
-    shape: Shape of the kernel parameter that `layout` refers to; empty if not yet known.
-  """
-
-  layout: KernelLayout
-  inputs: jax.Array
-  stack: int = 0
-  rows: int | None = None
-  kernel: str = "kernel"
-  problem: str = ""
-  batched: bool = True
-  partial: bool = False
-  shape: tuple[int, ...] = ()
+  layout: KernelLayout  # As the layer uses the kernel.
+  inputs: jax.Array  # [*leading, *stack, features]. The examples lead.
+  stack: int = 0  # Number of stack axes.
+  rows: int | None = None  # Number of rows of H; None if it is that of leading positions.
+  kernel: str = "kernel"  # Name of the kernel leaf.
+  problem: str = ""  # Why BNP is not defined for this call, or empty.
+  batched: bool = True  # False for a convolution of a single map, without an axis of examples.
+  shape: tuple[int, ...] = ()  # That of the parameter that the layout refers to; empty if unknown.
 
   def __post_init__(self) -> None:
     """Refuse complex inputs."""
@@ -46,7 +33,7 @@ class Call:
 
   def example_shape(self, example_axes: int) -> tuple[int, ...]:
     """Return the sizes of the axes that count examples, of ``example_axes`` in a batch."""
-    leading = leading_of_sequences(self.leading)
+    leading = leading_of_sequences(self.leading) or self.leading
     return leading[: max(0, example_axes - (not self.batched))]
 
   @property

@@ -113,14 +113,7 @@ def _show(shape: Shape) -> str:
 
 
 def plain_table(lines: Sequence[Sequence[str]], right: Collection[str]) -> str:
-  """Format lines, the headings first, as plain text; columns in ``right`` are aligned to the right.
-
-  >>> print(plain_table([("layer", "kappa"), ("conv", "3.1"), ("dense1", "12")], right={"kappa"}))
-  layer   kappa
-  -------------
-  conv      3.1
-  dense1     12
-  """
+  """Format lines, headings first, as plain text; columns in ``right`` are aligned to the right."""
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   align = [str.rjust if heading in right else str.ljust for heading in lines[0]]
   table = [

@@ -10,6 +10,7 @@ parameter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -27,7 +28,7 @@ import numpy as np
 from bnp_optax._calls import PREFIX, Call
 from bnp_optax._observations import Observation
 from bnp_optax._patching import Wrappers, activate
-from bnp_optax._recurrence import count_loops
+from bnp_optax._recurrence import enter_part, retrace
 from bnp_optax._reporting import Reporter
 from bnp_optax._trees import Path, flatten
 
@@ -101,12 +102,14 @@ def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Call
     _lifted.set(None)
     if reporter is None:
       return packed
+    if kwargs.get("name") == "jit":
+      return _within(packed, lambda _: retrace())
     if kwargs.get("name") == "map_variables":
       function = inspect.getclosurevars(fn).nonlocals["map_in_fn"]
-      return _within(packed, reporter, functools.partial(_axes_of, function, in_filters[0]))
+      return _within(packed, lambda scopes: _enter(_axes_of(function, in_filters[0], scopes)))
     if lifted is None:
       return packed
-    packed = _within(packed, reporter, lambda _: lifted)
+    packed = _within(packed, lambda _: _enter(lifted))
     # The first filter that fits takes a collection, for example that of the transform's own carry.
     if not lifted.added or any(in_filter(x, COLLECTION) for x in out_filters[:-1]):
       return packed
@@ -141,18 +144,25 @@ def _with_merged_statistics(
 
 def _within(
   packed: Callable[..., Any],
-  reporter: Reporter,
-  element: Callable[[tuple[Scope, ...]], _Lifted | _AxesOf],
+  enter: Callable[[tuple[Scope, ...]], contextlib.AbstractContextManager[None]],
 ) -> Callable[..., Any]:
-  """Return a packed transform whose layers find it, described from its scopes, in `_outer`."""
+  """Return a packed transform that is called within a context made from its scopes."""
 
   @functools.wraps(packed)
   def call(scope_tree: Any, *args: Any, **kwargs: Any) -> Any:
-    outer = (*_outer.get(), element(_scopes(scope_tree)))
-    with activate(_outer, outer, (reporter.key, outer)):
+    with enter(_scopes(scope_tree)):
       return packed(scope_tree, *args, **kwargs)
 
   return call
+
+
+@contextlib.contextmanager
+def _enter(transform: _Lifted | _AxesOf) -> Iterator[None]:
+  """Add a transform to those that enclose a layer, within this context."""
+  outer = (*_outer.get(), transform)
+  shared = isinstance(transform, _Lifted) and transform.axis is None
+  with activate(_outer, outer, outer), enter_part() if shared else contextlib.nullcontext():
+    yield
 
 
 def _axes_of(function: Callable[..., Any], mapped: Any, scopes: tuple[Scope, ...]) -> _AxesOf:
@@ -213,8 +223,7 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
     elif axes:
       shape = tuple(call.shape[axes.index(axis)] for axis in range(len(axes)))
       call = dataclasses.replace(call, layout=call.layout.moved(axes), shape=shape)
-  partial = sum(x.axis is None for x in transforms) > count_loops()
-  return dataclasses.replace(call, problem=call.problem or problem, partial=partial)
+  return dataclasses.replace(call, problem=call.problem or problem)
 
 
 def _mapped_axes(

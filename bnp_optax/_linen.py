@@ -20,7 +20,7 @@ from bnp_optax._calls import Call
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._lifting import COLLECTION, refer_to_parameter, wrappers
 from bnp_optax._patching import Patches, Wrappers, activate
-from bnp_optax._recurrence import enter_step, with_index
+from bnp_optax._recurrence import enter_step, enter_whole, with_index
 from bnp_optax._reporting import Reporter
 from bnp_optax._taps import TapReporter
 from bnp_optax._trees import show_path
@@ -179,7 +179,7 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[Reporter | TapRep
     reporter = outer.nested(reporter)
   # An interceptor gets the inputs before the interceptors inside of it change them.
   hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **wrappers(_active)}
-  with activate(_active, reporter, reporter.key), _patches.applied(hooks):
+  with activate(_active, reporter, reporter.key), _patches.applied(hooks), enter_whole():
     yield reporter
 
 

@@ -113,8 +113,8 @@ class Tapped:
     if is_sowing():
       return self.model.apply(variables, *args, **kwargs)
     counted = {name: x for name, x in kwargs.items() if name != "rngs"}
-    params, expected = count_examples(self, variables.get("params", {}), args, counted)
-    reporter = TapReporter(_find_tap, _describe, self.exact_windows, self.example_axes, expected)
+    params, counts = count_examples(self, variables.get("params", {}), args, counted)
+    reporter = TapReporter(_find_tap, _describe, self.exact_windows, self.example_axes, counts)
     with report_calls(reporter):
       outputs = self.model.apply({**variables, "params": params}, *args, **kwargs)
     reporter.check()

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from bnp_optax._kernels import Layer, layer_path, show_paths
+from bnp_optax._layers import Layers
 from bnp_optax._layout import KernelLayout
 from bnp_optax._statistics import LayerStatistics, NoStatistics, merge_call_axes
 from bnp_optax._trees import Path, by_kernel, flatten, flatten_masked, is_masked, unboxed
@@ -88,6 +89,18 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       )
     merged.append(statistics)
   return merged
+
+
+def check_table(table: Any, updates: Any, stats: Any) -> None:
+  """Raise ValueError if a table of `layers` lacks a kernel of these updates with statistics."""
+  if isinstance(table, Layers):
+    known = {entry.path for entry in table.entries}
+    found = by_kernel(stats, LayerStatistics)
+    if new := [path for path, _ in flatten(updates) if path in found and path not in known]:
+      raise ValueError(
+        f"layers= has no entry for {show_paths(map(layer_path, new))}: it is the table of another "
+        "model. Trace the model that these gradients belong to."
+      )
 
 
 def _contradicts(reported: KernelLayout | None, layout: KernelLayout) -> bool:

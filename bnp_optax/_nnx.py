@@ -21,7 +21,7 @@ from bnp_optax._calls import Call
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._patching import Patches, Wrappers, activate
-from bnp_optax._recurrence import enter_step, with_index
+from bnp_optax._recurrence import enter_step, enter_whole, retrace, with_index
 from bnp_optax._reporting import Reporter
 from bnp_optax._taps import TapReporter
 
@@ -169,7 +169,8 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
     for target, readers in _READERS.items()
   }
   methods[nnx.RNN, "__call__"] = _recurrent_method
-  with activate(_active, (report, reporter), reporter.key), _patches.applied(methods):
+  active = (report, reporter)
+  with activate(_active, active, reporter.key), _patches.applied(methods), enter_whole():
     yield
 
 
@@ -197,7 +198,7 @@ def _cell_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(original)
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with enter_step(args) as args:
+    with enter_step(args) as args, retrace():
       return original(self, *args, **kwargs)
 
   return call

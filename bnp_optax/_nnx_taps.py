@@ -83,10 +83,10 @@ class Tapped(nnx.Module):
     if is_reporting():
       return model(*args, **kwargs)
     graph, taps, rest = nnx.split(model, Tap, ...)
-    counted, expected = count_examples(self, nnx.to_pure_dict(taps), args, kwargs)
+    counted, counts = count_examples(self, nnx.to_pure_dict(taps), args, kwargs)
     taps = jax.tree.map(lambda x: x, taps)
     nnx.replace_by_pure_dict(taps, counted)
-    reporter = TapReporter(_find_tap, describe, self.exact_windows, self.example_axes, expected)
+    reporter = TapReporter(_find_tap, describe, self.exact_windows, self.example_axes, counts)
     with report_calls(reporter):
       outputs = nnx.merge(graph, taps, rest)(*args, **kwargs)
     reporter.check()

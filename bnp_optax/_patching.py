@@ -14,20 +14,23 @@ Wrappers = dict[tuple[Any, str], Callable[[Any], Any]]
 # Part of the key of every cache of traced functions. A function that was traced without statistics,
 # or with other ones, is traced again.
 _cache_key = jax.make_user_context()
+_keys: contextvars.ContextVar[tuple[Hashable, ...]] = contextvars.ContextVar("keys", default=())
 
 
 @contextlib.contextmanager
 def activate(variable: contextvars.ContextVar[Any], value: Any, key: Hashable) -> Iterator[None]:
   """Set a context variable within this context and thread, where the innermost context wins.
 
-  Functions traced under an equal ``key`` are reused.
+  Functions traced under an equal ``key``, also of the contexts around it, are reused.
   """
-  token = variable.set(value)
+  keys = (*_keys.get(), key)
+  token, keys_token = variable.set(value), _keys.set(keys)
   try:
-    with _cache_key(key):
+    with _cache_key(keys):
       yield
   finally:
     variable.reset(token)
+    _keys.reset(keys_token)
 
 
 class Patches:

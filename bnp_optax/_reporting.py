@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnp_optax._calls import Call
-from bnp_optax._recurrence import leading_of_sequences, mask_of_step
+from bnp_optax._recurrence import is_part, leading_of_sequences, mask_of_step
 from bnp_optax._statistics import (
   AxisName,
   LayerStatistics,
@@ -35,26 +35,18 @@ Exclude = Callable[[Any, jax.Array], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Reporter:
-  """What the layers of a model sow for each call, and how the values of several calls merge.
+  """What the layers of a model sow for each call, and how the values of several calls merge."""
 
-  Attributes:
-    record: Maps a module and its call to the value to sow; None to sow nothing.
-    merge: Merges the values of two calls of one layer.
-    exact_windows: Whether the rows of a convolution are its windows.
-    key: Functions traced under an equal key are reused. The default is equal to no other.
-    leave: Maps a value that a transform stacked along axis 0, and the axis along which it stacked
-      the kernels, or None if it called one layer repeatedly, to the value for the whole kernel.
-    fixed_examples: Whether a mapped axis does not change the number of examples.
-    covers_nested: Whether it also reports the calls within contexts that the model enters itself.
-  """
-
-  record: Callable[[Any, Call], Any]
+  record: Callable[[Any, Call], Any]  # Maps a module and its call to the value to sow, or None.
   merge: Callable[[Any, Any], Any]
   exact_windows: bool
+  # Functions traced under an equal key are reused. The default is equal to no other.
   key: Hashable = dataclasses.field(default_factory=object)
+  # Maps a value that a transform stacked along axis 0, and the axis along which it stacked the
+  # kernels, or None if it called one layer repeatedly, to the value for the whole kernel.
   leave: Callable[[Any, int | None], Any] = lambda value, axis: value
-  fixed_examples: bool = True
-  covers_nested: bool = False
+  fixed_examples: bool = True  # Whether a mapped axis does not change the number of examples.
+  covers_nested: bool = False  # Whether it reports calls within contexts that the model enters.
 
   def nested(self, inner: Any) -> Reporter:
     """Return the reporter of a context of ``inner`` that is entered within one of this reporter."""
@@ -181,10 +173,12 @@ def call_statistics(
   """Compute the statistics of one call of the layer called ``name``."""
   if call.problem:
     return NoStatistics(call.kernel, call.problem)
-  inputs, leading = call.inputs, leading_of_sequences(call.leading)
+  inputs, leading = call.inputs, leading_of_sequences(call.leading) or call.leading
   example_shape = call.example_shape(example_axes)
   if inputs.size == 0:
-    raise ValueError(f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch?")
+    raise ValueError(
+      f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch, or no features?"
+    )
   if mask is not None:
     mask = _fit_mask(mask, name, call)
   if examples is None:
@@ -210,21 +204,27 @@ def call_statistics(
 
 def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
   """Return a mask without the axes that a layer's inputs lack: a position counts if any does."""
-  leading = leading_of_sequences(call.leading)
-  if call.partial and mask.ndim > len(leading):
+  leading, shape = leading_of_sequences(call.leading), call.inputs.shape
+  own = (
+    'Give the layer its own mask by the prefix of its path, as in mask={"encoder": mask, "": None} '
+    "(Linen), or call it within its own sow_statistics context inside the model."
+  )
+  if leading is None:
+    raise ValueError(
+      f"Layer {name}: its inputs of shape {shape} do not begin with the batch of the recurrent "
+      f"layer around it, so its part of the mask of shape {mask.shape} is unknown. {own}"
+    )
+  if is_part() and mask.ndim > len(leading):
     raise ValueError(
       f"Layer {name}: the mask of shape {mask.shape} has more axes than its inputs of shape "
-      f"{call.inputs.shape}, and nn.scan or nn.vmap may pass it a part of the batch in each call. "
-      "Inside the function that is mapped, call the layer within its own "
-      "sow_statistics(mask=...) context with the mask of that part."
+      f"{shape}, and nn.scan or nn.vmap may pass it a part of the batch in each call. {own}"
     )
   common = min(mask.ndim, len(leading))
   if mask.shape[:common] != leading[:common]:
     exact = " windows, those of exact_windows=True," if call.layout.exact_windows else " inputs"
+    steps = f" in one step, of leading shape {leading} in all" if leading != call.leading else ""
     raise ValueError(
-      f"Layer {name}: the mask of shape {mask.shape} does not fit its{exact} of "
-      f"shape {call.inputs.shape}. It must be their leading shape, or begin with it. Give layers "
-      'their own masks by the prefixes of their paths, as in mask={"encoder": mask, "decoder": '
-      "None} (Linen), or call the layer within its own sow_statistics context (NNX)."
+      f"Layer {name}: the mask of shape {mask.shape} does not fit its{exact} of shape {shape}"
+      f"{steps}. It must be their leading shape, or begin with it. {own}"
     )
   return jnp.any(mask, tuple(range(common, mask.ndim)))

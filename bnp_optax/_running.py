@@ -21,7 +21,7 @@ from bnp_optax import _preconditioner
 from bnp_optax._checks import check_layouts, check_range
 from bnp_optax._kernels import Layer, Layouts, find_layers
 from bnp_optax._layout import KernelLayout
-from bnp_optax._matching import check_state, match_state, match_statistics
+from bnp_optax._matching import check_state, check_table, match_state, match_statistics
 from bnp_optax._preconditioner import Preconditioner
 from bnp_optax._sharding import on_auto_axes, replicated
 from bnp_optax._statistics import LayerStatistics, accumulation_dtype
@@ -165,6 +165,7 @@ class RunningStatistics:
     if stats is None:
       stats = read_taps(updates, has_layers=self.layers is not None)
     batches = match_statistics(layers, leaves, stats)
+    check_table(self.layers, updates, stats)
 
     preconditioners = []
     nonfinite = state.nonfinite_count

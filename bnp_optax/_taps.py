@@ -24,6 +24,7 @@ import numpy as np
 
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
+from bnp_optax._recurrence import time_on_first_axis
 from bnp_optax._reporting import call_statistics, check_examples
 from bnp_optax._sharding import replicated
 from bnp_optax._statistics import LayerStatistics, NoStatistics
@@ -98,8 +99,12 @@ def read_taps(updates: Any, *, has_layers: bool) -> Any:
     if name.endswith(_OTHER_AXES) and not has_layers:
       reason = "its kernel has other axes than that of a Dense or Conv, pass layers= of the model"
       return NoStatistics(kernel, reason)
-    # A layer whose outputs did not reach the loss has no rows, and no share.
-    share = jnp.where(tap["share"] != 0, tap["share"], 1)
+    if (dtype := tap["rows"].dtype) not in ("float32", "float64"):
+      return NoStatistics(kernel, f"its tap was cast to {dtype}, but sums need float32")
+    # A layer whose outputs did not reach the loss has no share, and no rows. Under a loss scale
+    # above 2**50 the share is so small that sums underflow: it has no rows either.
+    tiny = jnp.abs(tap["share"]) < 2**16 * jnp.finfo(dtype).smallest_normal
+    share = jnp.where(tiny, jnp.inf, tap["share"])
     counts = {name: tap[name] / share for name in ("examples", "rows")}
     sums = {name: tap[name] / share[..., None] for name in _SUMS[1:]}
     return LayerStatistics(**counts, **sums, kernel=kernel)
@@ -121,12 +126,11 @@ def check_settings(examples: int, example_axes: int) -> None:
 
 def count_examples(
   tapped: Any, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Any, int | None]:
+) -> tuple[Any, tuple[int, bool]]:
   """Return parameters whose taps count the examples of one call of a `Tapped` model.
 
-  Also return their number if the arguments disagree about it, and None if they agree, or if its
-  ``batch_argument`` decides. Raise ValueError if no argument has the example axes, or there is no
-  ``batch_argument``.
+  Also return their number, and whether the arguments disagree about it. Raise ValueError if no
+  argument has the example axes, or there is no ``batch_argument``.
   """
   example_axes, batch_argument = tapped.example_axes, tapped.batch_argument
   named = dict(enumerate(args)) | dict(kwargs)
@@ -153,7 +157,7 @@ def count_examples(
     return _count(count, count / tapped.examples, {**tap, **counted})
 
   unclear = batch_argument is None and len(set(counts)) > 1
-  return map_taps(count_call, params), count if unclear else None
+  return map_taps(count_call, params), (count, unclear)
 
 
 def _follow(tree: Any, reference: jax.Array) -> Any:
@@ -219,7 +223,8 @@ class TapReporter:
   describe: Callable[[Any, Call], str]  # Returns the name of the layer of a call in errors.
   exact_windows: bool
   example_axes: int = 1
-  expected: int | None = None  # Number of examples that the layers must have, if it is checked.
+  # Number of examples of the arguments, and whether all layers must have the same.
+  counts: tuple[int, bool] = (0, False)
   _found: dict[int, str] = dataclasses.field(default_factory=dict, compare=False)
   _unique: object = dataclasses.field(default_factory=object, compare=False)
 
@@ -227,14 +232,15 @@ class TapReporter:
   def key(self) -> Hashable:
     """Functions traced under an equal key are reused."""
     # A function that was traced under an equal key would not report its calls to check.
-    return (self.find_tap, self.exact_windows, self.expected is not None and self._unique)
+    return (self.find_tap, self.exact_windows, self.counts[1] and self._unique)
 
   def check(self) -> None:
     """Raise ValueError if a layer was called with another number of examples."""
-    if self.expected is not None and {*self._found} - {self.expected}:
+    count, checked = self.counts
+    if checked and {*self._found} - {count}:
       found = " and ".join(f"{n} in layer {name}" for n, name in self._found.items())
       raise ValueError(
-        f"Tapped counts {self.expected} examples along the first array among the arguments, but "
+        f"Tapped counts {count} examples along the first array among the arguments, but "
         f"other arrays and the layers have other numbers: there are {found}. Pass batch_argument=, "
         "the position or the name of the argument that has the batch."
       )
@@ -246,7 +252,14 @@ class TapReporter:
     statistics = call_statistics(call, name, 1, 1, None, None)
     if isinstance(statistics, NoStatistics):
       return outputs
-    self._found.setdefault(math.prod(call.example_shape(self.example_axes)), name)
+    count = math.prod(call.example_shape(self.example_axes))
+    self._found.setdefault(count, name)
+    if (time := time_on_first_axis()) and self.counts[0] == time != count:
+      raise ValueError(
+        f"Layer {name}: Tapped counts the {time} time steps as examples, because the time is the "
+        "first axis. Pass example_axes=2 if the loss is a mean over all time steps, or else give "
+        "the model inputs [batch, time, features]."
+      )
     if outputs is None:
       raise ValueError(
         f"Layer {name}: report() does not return the outputs, which a tap needs. Register the "

@@ -256,7 +256,8 @@ def bnp(
         "optax.chain(bnp_optax.scale_by_bnp(), optax.scale(-1), "
         "optax.scale_by_backtracking_linesearch(15)); its value_fn then has to take stats= as well."
       ) from error
-    updates = preconditioners.map(_preconditioner.apply, updates)
+    # Yogi and added noise move parameters whose gradient is 0, and weight decay reads them.
+    updates = zero_taps(preconditioners.map(_preconditioner.apply, updates))
     return updates, BnpState(statistics, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,7 @@ model needs no edit, and its outputs and gradients do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 from typing import Any
 
@@ -51,7 +51,7 @@ def sow_statistics(
   bitwise the same. Several calls of a layer in one forward pass add rows.
 
   Enter it inside the function that is differentiated and jitted, around the call of the model.
-  Outside of `jax.jit`, every new mask makes JAX compile again, and keep what it compiled.
+  Outside of `jax.jit`, JAX compiles and keeps a program for each new `mask`, `examples`, `exclude`.
 
   `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers return the
   intermediates within this context, whatever their ``variable_axes``. A `flax.linen.vmap` with
@@ -199,12 +199,7 @@ def layers(
     called[(*module.path, call.kernel)] = observation.kind
     return observation
 
-  def note_owner(
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-  ) -> Any:
+  def note_owner(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
     outputs, module = next_fun(*args, **kwargs), context.module
     if module.scope is not None:
       for name, x in nn.meta.unbox(module.variables).get("params", {}).items():

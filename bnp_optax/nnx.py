@@ -133,25 +133,16 @@ def layers(
   Examples:
     >>> import bnp_optax, jax, jax.numpy as jnp
     >>> from flax import nnx
-    >>> class Model(nnx.Module):
-    ...   def __init__(self, rngs):
-    ...     self.embed = nnx.Embed(50, 8, rngs=rngs)
-    ...     self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
-    ...     self.head = nnx.LinearGeneral(8, (5, 2), use_bias=False, rngs=rngs)
-    ...   def __call__(self, tokens):
-    ...     x = self.embed(tokens)
-    ...     for block in self.blocks:
-    ...       x = nnx.relu(block(x))
-    ...     return self.head(x)
-    >>> tokens = jax.ShapeDtypeStruct((4, 6), jnp.int32)
-    >>> print(bnp_optax.nnx.layers(Model(nnx.Rngs(0)), tokens))
-    path             kind           shape  inputs  calls  positions  preconditioned
-    -----------------------------------------------------------------------------------------------
-    blocks/0/kernel  Linear         8x8    4x6x8       1          6  yes
-    blocks/1/kernel  Linear         8x8    4x6x8       1          6  yes
-    embed/embedding  Embed          50x8                             passes through
-    head/kernel      LinearGeneral  8x5x2  4x6x8       1          6  yes, without bias: not centred
-    3 layers, 224 of 624 parameters (35.9%)
+    >>> rngs = nnx.Rngs(0)
+    >>> hidden, head = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 2, use_bias=False, rngs=rngs)
+    >>> model = nnx.Sequential(nnx.Embed(50, 8, rngs=rngs), hidden, head)
+    >>> print(bnp_optax.nnx.layers(model, jax.ShapeDtypeStruct((4, 6), jnp.int32)))
+    path                kind    shape  inputs  calls  positions  preconditioned
+    -------------------------------------------------------------------------------------------
+    layers/0/embedding  Embed   50x8                             passes through
+    layers/1/kernel     Linear  8x8    4x6x8       1          6  yes
+    layers/2/kernel     Linear  8x2    4x6x8       1          6  yes, without bias: not centred
+    2 layers, 88 of 488 parameters (18.0%)
 
   Args:
     model: The model; it may be the result of `flax.nnx.eval_shape`.

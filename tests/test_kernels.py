@@ -43,6 +43,29 @@ def test_a_mapping_names_every_kernel(key):
   raises(f"not in the parameters: {'/'.join(key)}. .*a/w, b/w", find_layers, params, layouts)
 
 
+def test_the_table_of_another_model():
+  """A layer that was added after the table was made has statistics, and no entry."""
+
+  class Net(nn.Module):
+    adapter: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(4, name="hidden")(x)
+      return nn.Dense(4, name="adapter")(x) if self.adapter else x
+
+  x = jnp.ones((3, 2))
+  layers = bnp_optax.linen.layers(Net(), x)
+  params, batch = problems.make(Net(adapter=True), (3, 2))
+  grads, stats = problems.grads_and_stats(Net(adapter=True), params, batch)
+  for tx in (bnp_optax.scale_by_bnp(layers=layers), bnp_optax.bnp(optax.sgd(1.0), layers=layers)):
+    state = tx.init(params)
+    problems.raises("layers= has no entry for adapter", tx.update, grads, state, stats=stats)
+  # Parameters without statistics are those of something else than layers.
+  tx, known = bnp_optax.scale_by_bnp(layers=layers), {"hidden": grads["hidden"], "w": x}
+  tx.update(known, tx.init(known), stats=stats)
+
+
 def test_the_table_of_a_model_serves_for_a_part_of_it():
   layouts = bnp_optax.linen.layers(nn.Sequential([nn.Dense(4), nn.Dense(3)]), jnp.ones((2, 5)))
   (layer,) = find_layers({"layers_1": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}, layouts)

@@ -452,3 +452,32 @@ def test_k_micro_batches_are_exactly_one_big_batch(name, model, shape, k):
     optax.chain(reference.bnp(INNER[name]), optax.scale(0.1)), model, params, [batch] * 3
   )
   close(carry[0], expected)
+
+
+def test_multi_steps_inside_bnp():
+  """N is that of a micro-batch unless it is passed: the loss is a mean over 4 of them."""
+  model, (x, _) = problems.MLP("float64"), (np.random.default_rng(0).normal(size=(32, 300)), None)
+  params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def gradient(x, examples):
+    def loss(params):
+      with bnp_optax.linen.sow_statistics(examples=examples):
+        y, aux = model.apply({"params": params}, x, mutable=["intermediates"])
+      return jnp.mean(y**2), aux["intermediates"]
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  def step(inner, parts, examples):
+    tx = problems.compiled(bnp_optax.bnp(inner))
+    state = tx.init(params)
+    for part in parts:
+      grads, stats = gradient(part, examples)
+      updates, state = tx.update(grads, state, params, stats=stats)
+    return float(optax.tree.norm(updates["first"]))
+
+  whole = step(optax.sgd(1.0), [x], None)
+  multi = problems.multi_steps(optax.sgd(1.0), 4)
+  parts = np.split(x, 4)
+  assert 0.2 < step(multi, parts, None) / whole < 0.3
+  assert 0.9 < step(multi, parts, 32) / whole < 1.1

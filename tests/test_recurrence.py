@@ -335,6 +335,143 @@ def test_positions_of_the_table_with_the_time_first():
   assert {entry.positions for entry in bnp_optax.linen.layers(model, x).entries} == {T}
 
 
+# Contexts, and layers that get something else than a step of the batch.
+
+
+class Words(nn.RNNCellBase):
+  """A cell for ``[batch, words, features]`` with a context of its own for the mask of the words."""
+
+  num_feature_axes = 2
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape):
+    return jnp.zeros((*input_shape[:-2], H))
+
+  @nn.compact
+  def __call__(self, carry, x):
+    mask = x[..., 0] > 0
+    with bnp_optax.linen.sow_statistics(mask=mask, example_axes=2):
+      y = nn.Dense(H, name="words", **F64)(x)
+    return carry + jnp.where(mask[..., None], y, 0).sum(-2), carry
+
+
+@pytest.mark.parametrize("words", [3, T])
+def test_a_context_inside_a_cell(words):
+  """Its mask is that of the inputs there, also if it has the shape of a mask over time."""
+  x, model = sequences(words, D), nn.RNN(Words())
+  stats = sow(model, init(model, x), x)["cell"]["words"]["layer_statistics"]
+  valid = x[x[..., 0] > 0]
+  examples = (x[..., 0] > 0).sum((0, 2)).max()
+  check(stats, valid, examples=int(examples), tolerance=1e-12)
+
+
+class NnxWords(nnx.Module):
+  num_feature_axes = 2
+
+  def __init__(self, rngs):
+    self.words = nnx.Linear(D, H, rngs=rngs, **F64)
+
+  def initialize_carry(self, input_shape, rngs=None):
+    del rngs
+    return jnp.zeros((*input_shape[:-2], H))
+
+  def __call__(self, carry, x):
+    with bnp_optax.nnx.sow_statistics(mask=x[..., 0] > 0, examples=N):
+      y = self.words(x)
+    return carry + y.sum(-2), carry
+
+
+@pytest.mark.parametrize("words", [3, T])
+def test_a_context_inside_an_nnx_cell(words):
+  x, model = sequences(words, D), nnx.RNN(NnxWords(nnx.Rngs(0)), state_axes=STATE_AXES)
+  with bnp_optax.nnx.sow_statistics():
+    stats = nnx.to_pure_dict(nnx.capture(model, Statistics)(jnp.asarray(x))[1])["cell"]["words"]
+  merged = bnp_optax.merge_calls(stats["layer_statistics"])
+  check(merged, x[x[..., 0] > 0], examples=N, tolerance=1e-12)
+
+
+class Mapped(nn.RNNCellBase):
+  """A cell that maps a layer over the batch, which then gets ``[words, features]``."""
+
+  num_feature_axes = 2
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape):
+    return jnp.zeros((*input_shape[:-2], H))
+
+  @nn.compact
+  def __call__(self, carry, x):
+    dense = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})
+    return carry + dense(H, name="words", **F64)(x).sum(-2), carry
+
+
+@pytest.mark.parametrize("words", [3, N])
+def test_a_part_of_the_batch_inside_a_cell(words):
+  x, model = sequences(words, D), nn.RNN(Mapped())
+  params = init(model, x)
+  context = {"mask": MASK, "examples": N}
+  match = r"Layer cell/words: the mask of shape \(5, 6\) has more axes than its inputs"
+  problems.raises(match, sow, model, params, x, context=context)
+
+
+class Memory(nn.RNNCellBase):
+  """A cell with a layer whose inputs are not those of the batch, or lead with another axis."""
+
+  first: bool = False
+
+  num_feature_axes = 1
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape):
+    return jnp.zeros((*input_shape[:-1], H))
+
+  @nn.compact
+  def __call__(self, carry, x):
+    inputs = x[None] if self.first else jnp.ones((7, D))
+    return carry + nn.Dense(H, name="memory", **F64)(inputs).sum(), carry
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("mask", [MASK, LENGTHS > 2])
+def test_inputs_without_the_batch_of_the_step(first, mask):
+  model, x = nn.RNN(Memory(first)), sequences(D)
+  match = "Layer cell/memory: its inputs of shape .* do not begin with the batch of the recurrent"
+  context = {"mask": mask, "examples": N}
+  problems.raises(match, sow, model, init(model, x), x, context=context)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "mask"])
+def test_eager_calls_reuse_the_programs_of_a_loop(mask, caplog):
+  model, x = nn.RNN(nn.SimpleCell(H, name="cell", **F64)), jnp.asarray(sequences(D))
+  params = init(model, x)
+  for _ in range(3):
+    caplog.clear()
+    with bnp_optax.linen.sow_statistics(mask=mask), jax.log_compiles():
+      model.apply({"params": params}, x, mutable=["intermediates"])
+  compiled = [r for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
+  # The loop itself is a new function in each call of nn.RNN.
+  assert len(compiled) == 1, compiled
+
+
+def test_tapped_does_not_count_time_steps_as_examples():
+  rnn, x = nn.RNN(nn.SimpleCell(H, **F64), time_major=True), np.swapaxes(sequences(D), 0, 1)
+  tapped = bnp_optax.linen.Tapped(rnn, examples=N)
+  params = tapped.init(jax.random.key(0), x)
+  problems.raises("Tapped counts the 6 time steps as examples", tapped.apply, params, x)
+
+
+def test_taps_that_were_cast_are_refused():
+  tapped = bnp_optax.linen.Tapped(nn.Dense(H), examples=N)
+  x = jnp.ones((N, D), jnp.float32)
+  params = tapped.init(jax.random.key(0), x)["params"]
+  grads = jax.grad(lambda p: jnp.mean(tapped.apply({"params": p}, x) ** 2))(params)
+  tx = bnp_optax.scale_by_bnp()
+  state = tx.init(params)
+  for dtype in (jnp.float16, jnp.bfloat16):
+    cast = jax.tree.map(lambda g, d=dtype: g.astype(d), grads)
+    problems.raises(f"its tap was cast to {jnp.dtype(dtype)}", tx.update, cast, state, params)
+
+
 # Other loops.
 
 

@@ -397,6 +397,34 @@ def test_multi_steps(whole):
   assert_close(bnp_optax.linen.remove_taps(updates), expected)
 
 
+@pytest.mark.parametrize("inner", [optax.yogi(1e-2), optax.add_noise(0.1, 0.55, 0)])
+@pytest.mark.usefixtures("standard_promotion")
+def test_no_inner_optimizer_moves_the_taps(whole, inner):
+  """Weight decay before BNP would add a part of their values to the statistics."""
+  params, x, *_ = whole
+  tx = problems.compiled(bnp_optax.bnp(inner))
+  updates, _ = tx.update(jax.jit(jax.grad(batch_loss))(params, x), tx.init(params), params)
+  norms = (optax.tree.norm(updates), optax.tree.norm(bnp_optax.linen.remove_taps(updates)))
+  assert norms[0] == norms[1] > 0
+
+
+@pytest.mark.parametrize("exponent", [40, 55, 62, 70, 80])
+def test_large_loss_scales_in_float32(exponent):
+  """Statistics are right, or they are left out and counted."""
+  model, x = bnp_optax.linen.Tapped(nn.Dense(3), examples=8), normal(8, 5).astype(jnp.float32)
+  params = model.init(jax.random.key(0), x)
+  scale = np.float32(2.0**exponent)
+  grads = jax.grad(lambda p: scale * loss(model.apply(p, x)))(params)
+  tx = bnp_optax.scale_by_bnp()
+  updates, state = tx.update(grads, tx.init(params))
+  assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+  assert state.nonfinite_count == int(exponent > 50)
+  if exponent <= 50:
+    mean, variance = (x["params"]["kernel"] for x in (state.input_mean, state.input_variance))
+    np.testing.assert_allclose(mean, np.mean(x, 0), rtol=1e-5)
+    np.testing.assert_allclose(variance, np.var(x, 0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
 def test_clipping_before_bnp_clips_the_gradient_alone(whole, limit):
   params, x, grads, stats = whole

@@ -75,3 +75,18 @@ def test_split_arrays():
 def test_show_path():
   assert _trees.show_path(("a", "0", "kernel")) == "a/0/kernel"
   assert _trees.show_path(()) == "(the model itself)"
+
+
+@pytest.mark.parametrize(
+  ("path", "prefix", "expected"),
+  [
+    (("a", "b", "kernel"), "a/b", True),
+    (("a", "b"), "a/b", True),
+    (("a", "bc"), "a/b", False),
+    (("a",), "a/b", False),
+    ((), "", True),
+    (("a",), "", True),
+  ],
+)
+def test_has_prefix(path, prefix, expected):
+  assert _trees.has_prefix(path, prefix) == expected

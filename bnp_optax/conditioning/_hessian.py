@@ -165,12 +165,7 @@ def unit_curvature(
 def _changed(path: Path, change: Callable[[jax.Array], jax.Array]) -> Any:
   """Apply ``change`` to the outputs of a Linen module within this context."""
 
-  def interceptor(
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-  ) -> Any:
+  def interceptor(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
     outputs = next_fun(*args, **kwargs)
     module, method = context.module, context.method_name
     matches = module.path == path and method == "__call__" and type(module) in _LAYERS

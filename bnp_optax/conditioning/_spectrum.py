@@ -66,12 +66,10 @@ def rounding(array: np.ndarray) -> float:
 
 
 class Estimate(NamedTuple):
-  """A condition number and its error bound.
+  """A lower bound of a condition number, up to rounding, and its error.
 
-  Attributes:
-    value: Lower bound of the condition number, up to rounding.
-    error: The condition number is at most ``value / (1 - error)``, except for one in a million
-      random starts. 0 if it was computed exactly.
+  The condition number is at most ``value / (1 - error)``, except for one in a million random
+  starts. The error is 0 if it was computed exactly.
   """
 
   value: float
@@ -79,7 +77,7 @@ class Estimate(NamedTuple):
 
 
 def estimate_condition_number(matrix: np.ndarray, threshold: float) -> Estimate:
-  r"""Estimate the condition number of a matrix that may be large.
+  r"""Estimate the condition number of a float64 matrix that may be large.
 
   A QR factorization reduces the matrix ``[m, n]`` to a triangular ``R`` with the same singular
   values. If ``min(m, n)`` is small, they are computed. Otherwise Lanczos' method with a random
@@ -88,10 +86,6 @@ def estimate_condition_number(matrix: np.ndarray, threshold: float) -> Estimate:
   :math:`\epsilon` with a probability of at most
   :math:`1.648 \sqrt n \, e^{-\sqrt\epsilon (2k - 1)}`, whatever the eigenvalues are. The singular
   values of a matrix that is singular to within the threshold are computed, whatever its size.
-
-  Args:
-    matrix: ``[m, n]``, float64.
-    threshold: As in `condition_number`.
 
   References:
     Kuczynski, Wozniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms
