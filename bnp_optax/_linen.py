@@ -191,12 +191,12 @@ def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:
   ) -> Any:
     reporter = _active.get()
     with enter_step(args) as args:
-      return original(self, fun if reporter is None else _reporting(fun, reporter), args, kwargs)
+      return original(self, fun if reporter is None else _with_report(fun, reporter), args, kwargs)
 
   return call_wrapped_method
 
 
-def _reporting(fun: Any, reporter: Reporter | TapReporter) -> Any:
+def _with_report(fun: Any, reporter: Reporter | TapReporter) -> Any:
   """Return a method of a module that also reports the call, if it is that of a layer."""
   function = inspect.unwrap(fun)
   if function is _RNN:

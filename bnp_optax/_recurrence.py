@@ -24,9 +24,7 @@ from bnp_optax._patching import activate
 class Sequences:
   """The inputs of a recurrent layer, or those of one step, with the index of each position."""
 
-  inputs: (
-    jax.Array
-  )  # [*batch, time, *features] as the layer transposes them; without time in a step
+  inputs: jax.Array  # [*batch, time, *features], as the layer transposes them, or without time.
   index: jax.Array  # Index along the time, [*batch, time], transposed like the inputs.
   leading: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # (*batch, time)
   time_major: bool = dataclasses.field(metadata={"static": True})

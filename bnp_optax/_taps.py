@@ -100,7 +100,7 @@ def read_taps(updates: Any, *, has_layers: bool) -> Any:
       reason = "its kernel has other axes than that of a Dense or Conv, pass layers= of the model"
       return NoStatistics(kernel, reason)
     if (dtype := tap["rows"].dtype) not in ("float32", "float64"):
-      return NoStatistics(kernel, f"its tap was cast to {dtype}, but sums need float32")
+      return NoStatistics(kernel, f"its tap was cast to {dtype}: keep the gradients in float32")
     # A layer whose outputs did not reach the loss has no share, and no rows. Under a loss scale
     # above 2**50 the share is so small that sums underflow: it has no rows either.
     tiny = jnp.abs(tap["share"]) < 2**16 * jnp.finfo(dtype).smallest_normal

@@ -460,18 +460,6 @@ def test_tapped_does_not_count_time_steps_as_examples():
   problems.raises("Tapped counts the 6 time steps as examples", tapped.apply, params, x)
 
 
-def test_taps_that_were_cast_are_refused():
-  tapped = bnp_optax.linen.Tapped(nn.Dense(H), examples=N)
-  x = jnp.ones((N, D), jnp.float32)
-  params = tapped.init(jax.random.key(0), x)["params"]
-  grads = jax.grad(lambda p: jnp.mean(tapped.apply({"params": p}, x) ** 2))(params)
-  tx = bnp_optax.scale_by_bnp()
-  state = tx.init(params)
-  for dtype in (jnp.float16, jnp.bfloat16):
-    cast = jax.tree.map(lambda g, d=dtype: g.astype(d), grads)
-    problems.raises(f"its tap was cast to {jnp.dtype(dtype)}", tx.update, cast, state, params)
-
-
 # Other loops.
 
 

@@ -408,6 +408,18 @@ def test_no_inner_optimizer_moves_the_taps(whole, inner):
   assert norms[0] == norms[1] > 0
 
 
+def test_taps_that_were_cast_are_refused():
+  tapped = bnp_optax.linen.Tapped(nn.Dense(3), examples=8)
+  x = normal(8, 5).astype(jnp.float32)
+  params = tapped.init(jax.random.key(0), x)["params"]
+  grads = jax.grad(lambda p: loss(tapped.apply({"params": p}, x)))(params)
+  tx = bnp_optax.scale_by_bnp()
+  state = tx.init(params)
+  for dtype in (jnp.float16, jnp.bfloat16):
+    cast = jax.tree.map(lambda g, d=dtype: g.astype(d), grads)
+    problems.raises(f"its tap was cast to {jnp.dtype(dtype)}", tx.update, cast, state, params)
+
+
 @pytest.mark.parametrize("exponent", [40, 55, 62, 70, 80])
 def test_large_loss_scales_in_float32(exponent):
   """Statistics are right, or they are left out and counted."""
