@@ -440,6 +440,26 @@ def test_inputs_without_the_batch_of_the_step(first, mask):
   problems.raises(match, sow, model, init(model, x), x, context=context)
 
 
+def test_the_mask_of_a_memory():
+  """A layer of the cell gets ``[batch, source, features]`` in each step."""
+  memory = np.random.default_rng(3).normal(size=(N, 7, D))
+  valid = np.arange(7) < np.array([[3], [7], [1], [5], [2]])
+
+  class Attention(nn.SimpleCell):
+    @nn.compact
+    def __call__(self, carry, x):
+      keys = nn.Dense(H, name="keys", **F64)(memory)
+      carry = carry + jnp.where(valid[..., None], keys, 0).sum(1)
+      return carry, nn.Dense(H, name="out", **F64)(carry)
+
+  model, x = nn.RNN(Attention(H, **F64)), sequences(D)
+  mask = {"": MASK, "cell/keys": MASK[..., None] & valid[:, None]}
+  stats = sow(model, init(model, x), x, context={"mask": mask})["cell"]
+  rows = [memory[n][valid[n]] for n in range(N) for t in range(T) if MASK[n, t]]
+  check(stats["keys"]["layer_statistics"], np.concatenate(rows), examples=N, tolerance=1e-12)
+  assert stats["out"]["layer_statistics"].rows == int(LENGTHS.sum())
+
+
 @pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "mask"])
 def test_eager_calls_reuse_the_programs_of_a_loop(mask, caplog):
   model, x = nn.RNN(nn.SimpleCell(H, name="cell", **F64)), jnp.asarray(sequences(D))
