@@ -61,12 +61,13 @@ def with_index(call: Callable[..., Any]) -> Callable[..., Any]:
 def enter_step(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
   """Yield the arguments of a cell with plain inputs, within the context of the step they have."""
   found = tuple(x for x in args if isinstance(x, Sequences))
+  if not found:
+    yield args
+    return
   steps = _steps.get()
-  if found:
-    # The loop of the recurrent layer is a part that is known now.
-    steps = (*(steps[:-1] if steps and steps[-1] is None else steps), *found)
-  key = tuple(x and (x.leading, x.index.ndim) for x in steps)
-  with activate(_steps, steps, key) if found else contextlib.nullcontext():
+  # The loop of the recurrent layer is a part that is known now.
+  steps = (*(steps[:-1] if steps and steps[-1] is None else steps), *found)
+  with activate(_steps, steps, tuple(x and (x.leading, x.index.ndim) for x in steps)):
     yield tuple(x.inputs if isinstance(x, Sequences) else x for x in args)
 
 

@@ -23,6 +23,14 @@ F64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 STATE_AXES = nnx.StateAxes({Statistics: 0, ...: nnx.Carry})
 
 
+class ZeroCarry(nn.RNNCellBase):
+  """A cell whose carry is ``[batch, H]``."""
+
+  @nn.nowrap
+  def initialize_carry(self, rng, input_shape):
+    return jnp.zeros((*input_shape[: -self.num_feature_axes], H))
+
+
 def sequences(*features, seed=0):
   return np.random.default_rng(seed).normal(size=(N, T, *features))
 
@@ -199,12 +207,8 @@ def test_masks_of_maps_in_a_convolutional_cell(ndim):
 
 
 def test_a_recurrent_layer_inside_a_cell():
-  class Outer(nn.RNNCellBase):
+  class Outer(ZeroCarry):
     num_feature_axes = 2
-
-    @nn.nowrap
-    def initialize_carry(self, rng, input_shape):
-      return jnp.zeros((*input_shape[:-2], H))
 
     @nn.compact
     def __call__(self, carry, x):  # [batch, time, features]
@@ -338,14 +342,10 @@ def test_positions_of_the_table_with_the_time_first():
 # Contexts, and layers that get something else than a step of the batch.
 
 
-class Words(nn.RNNCellBase):
+class Words(ZeroCarry):
   """A cell for ``[batch, words, features]`` with a context of its own for the mask of the words."""
 
   num_feature_axes = 2
-
-  @nn.nowrap
-  def initialize_carry(self, rng, input_shape):
-    return jnp.zeros((*input_shape[:-2], H))
 
   @nn.compact
   def __call__(self, carry, x):
@@ -390,14 +390,10 @@ def test_a_context_inside_an_nnx_cell(words):
   check(merged, x[x[..., 0] > 0], examples=N, tolerance=1e-12)
 
 
-class Mapped(nn.RNNCellBase):
+class Mapped(ZeroCarry):
   """A cell that maps a layer over the batch, which then gets ``[words, features]``."""
 
   num_feature_axes = 2
-
-  @nn.nowrap
-  def initialize_carry(self, rng, input_shape):
-    return jnp.zeros((*input_shape[:-2], H))
 
   @nn.compact
   def __call__(self, carry, x):
@@ -414,16 +410,12 @@ def test_a_part_of_the_batch_inside_a_cell(words):
   problems.raises(match, sow, model, params, x, context=context)
 
 
-class Memory(nn.RNNCellBase):
+class Memory(ZeroCarry):
   """A cell with a layer whose inputs are not those of the batch, or lead with another axis."""
 
   first: bool = False
 
   num_feature_axes = 1
-
-  @nn.nowrap
-  def initialize_carry(self, rng, input_shape):
-    return jnp.zeros((*input_shape[:-1], H))
 
   @nn.compact
   def __call__(self, carry, x):
