@@ -139,6 +139,7 @@ BATCH_SIZES_FC = dataclasses.replace(
       "network": MLP((8, 8, 8)),
       "batch_sizes": (1, 60, 512),
       "images": 600,
+      "timed": False,  # Other experiments time steps with fewer programs to compile.
       "methods": (
         methods.BNP,
         methods.ADAM,
