@@ -1,8 +1,8 @@
-"""A transformer that predicts the next character, four passages a step.
+"""A transformer that predicts the next character, from four passages in each step.
 
-Two blocks of width 64 with LayerNorm read 32 characters of Python's language reference, which comes
-with Python. A character is one of 64, the rarer ones are one class. The last tenth of the text is
-the test data, the tenth before it chooses the rate. The score is the cross-entropy in nats.
+Two blocks of width 64 with LayerNorm read 32 characters of Python's language reference, which is
+part of Python. There are 64 classes: rare characters share one. The last tenth of the text is the
+test data; the tenth before it is the validation data. The score is the cross-entropy in nats.
 
 python examples/characters.py
 """
@@ -24,7 +24,7 @@ STEPS, PARTS, BATCH, LENGTH, WIDTH, HEADS, KINDS = 1000, 10, 4, 32, 64, 4, 64
 
 
 class Block(nn.Module):
-  """Causal attention and two dense layers, each after LayerNorm and beside a residual path."""
+  """Causal attention and two dense layers, each after LayerNorm, with residual connections."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Deep Q-learning of CartPole, batches of 32 from a replay memory.
+"""Deep Q-learning of CartPole, with batches of 32 from a replay memory.
 
-The pole and the agent are one compiled program. The target network follows by a moving average. The
+The environment and the agent are one compiled program. The target network is a moving average. The
 score is the mean length of the episodes in the last twelfth of a run, at most 200.
 
 python examples/dqn.py

@@ -1,9 +1,9 @@
-"""Federated averaging: ten clients with few classes each, batches of five.
+"""Federated averaging: ten clients with one to three classes each, and batches of five.
 
 The digits are sorted by class and dealt to ten clients, so that each has one to three classes. In a
 round every client starts from the server's network and optimizer state, which holds Adam's moments
-and BNP's running statistics, and takes one pass over its 115 images. The server averages networks
-and states. The score is the accuracy of the server's network.
+and BNP's running statistics, and makes one pass over its 115 images. The server then averages the
+networks and states. The score is the accuracy of the server's network.
 
 python examples/federated.py
 """

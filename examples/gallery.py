@@ -1,6 +1,6 @@
-"""What the examples share: methods, the search for the learning rate, table and picture.
+"""What the examples share: methods, the choice of the learning rate, table and picture.
 
-Every method gets the same learning rates. The rate is the best one on validation data, with seed 0.
+Every method has the same learning rates. The best one is chosen on validation data, with seed 0.
 The results are those of five other seeds with that rate, on test data.
 """
 
@@ -56,7 +56,7 @@ Run = Callable[[Any, Sequence[float], Sequence[int]], Scores]
 
 
 def side_by_side(run: Callable[[Any, jax.Array, jax.Array], Scores]) -> Run:
-  """Return a function of rates and seeds that takes all runs of a method in one program."""
+  """Return a function of rates and seeds that makes all runs of a method in one program."""
 
   def runs(method: Any, rates: Sequence[float], seeds: Sequence[int]) -> Scores:
     together = jax.jit(jax.vmap(lambda rate, seed: run(method, rate, seed)))

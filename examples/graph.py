@@ -1,8 +1,8 @@
-"""A padded graph network: one number for each node, two graphs a step.
+"""A padded graph network: one number for each node, two graphs in each step.
 
 Random geometric graphs of 8 to 24 nodes are padded to 24. The target of a node is the number of its
-triangles. The loss is a mean over real nodes: `mask` leaves padding out of the statistics, and
-`example_axes=2` counts the nodes that count. The score is the mean square error, in units of the
+triangles. The loss is a mean over real nodes, so the nodes are the examples (`example_axes=2`), and
+`mask` leaves padding out of the statistics. The score is the mean square error, in units of the
 targets' variance.
 
 python examples/graph.py

@@ -1,8 +1,8 @@
-"""An image as a network of coordinates: (x, y) to the colour, 64 pixels a step.
+"""An image as a network from coordinates (x, y) to colours, 64 pixels in each step.
 
 The image is `china.jpg` of scikit-learn, reduced to 60 x 90 pixels. A ReLU network of the plain
-coordinates is slow to learn it. The score is the PSNR on a tenth of the pixels that nothing trains
-on; another tenth chooses the rate.
+coordinates learns it slowly. The score is the PSNR on a tenth of the pixels, which are held out;
+another tenth is the validation data.
 
 python examples/image.py
 """

@@ -3,13 +3,13 @@
 A camera reads handwritten digits, one after the other, while the light changes. Its contrast,
 brightness and direction drift over some thousand examples, and a lamp is switched on halfway. Each
 example occurs once in a stream, so there is no batch to average over and no test set. The measure
-is the prequential accuracy, that of the predictions made before each label is revealed.
+is the prequential accuracy: the accuracy of the predictions made before each label is revealed.
 
 Every method trains the same network, FC 784-100-100-10, on one example at a time. Its learning rate
 is the best one of a common grid on a separate stream of 4,000 held-out images. LayerNorm and
 running BatchNorm normalize the inputs of every layer, including the image. BNP normalizes gradients
-instead of activations, so the network itself has to adapt to the light. Therefore BNP, and SGD for
-comparison, also run with only the image normalized, by the running mean and variance of each pixel.
+instead of activations, so the network itself has to adapt to the light. Therefore BNP and SGD also
+run with only the image normalized, by the running mean and variance of each pixel.
 
 python examples/online_learning.py    (two minutes of one CPU core)
 """

@@ -1,10 +1,9 @@
-"""A physics-informed network: Poisson's equation on a square, 32 points a step.
+"""A physics-informed network: Poisson's equation on a square, 32 points in each step.
 
 The network u(x, y) minimizes the mean squares of ``u_xx + u_yy - f`` at random points inside and of
-u at random points on the boundary. The solution is ``sin(pi x) sin(2 pi y)``. BNP takes the
-statistics from an ordinary call on the points; the derivatives are taken outside of
-`sow_statistics`. The score is the relative L2 error on a grid; the validation score is that at
-other points.
+u at random points on the boundary. The solution is ``sin(pi x) sin(2 pi y)``. The statistics come
+from an ordinary call on the points; the derivatives are taken outside of `sow_statistics`. The
+score is the relative L2 error on a grid; the validation score is that at other points.
 
 python examples/pinn.py
 """

@@ -1,8 +1,8 @@
-"""Online tabular data: one row at a time, columns as they are and standardized.
+"""Online tabular data: one row at a time, with raw and with standardized columns.
 
-The 569 rows and 30 columns of scikit-learn's breast cancer data are seen once. The columns have
-deviations from 0.003 to 570. A row is first predicted and then learned from. The score is the mean
-log loss of these predictions; the validation score is that of another order of the rows.
+Scikit-learn's breast cancer data have 569 rows, each seen once, and 30 columns with standard
+deviations from 0.003 to 570. The network predicts each row before it learns from it. The score is
+the mean log loss of these predictions; the validation score is that of another order of the rows.
 "standardized" subtracts a running mean of each column and divides by its running deviation.
 
 python examples/tabular.py
@@ -29,7 +29,7 @@ X, Y = jnp.asarray(DATA.data, jnp.float32), jnp.asarray(DATA.target, jnp.float32
 def standardized(x: np.ndarray) -> np.ndarray:
   """Standardize each row by the rows up to and including it.
 
-  Only the epsilon, a thousandth of the variance of each column, takes all rows.
+  Only the epsilon, a thousandth of the variance of each column, depends on all rows.
   """
   count = np.arange(1, len(x) + 1)[:, None]
   mean = np.cumsum(x, axis=0) / count

@@ -1,8 +1,8 @@
-"""A 3-D U-Net, one volume a step: without normalization, with InstanceNorm, with GroupNorm.
+"""A 3-D U-Net, one volume in each step, without normalization, with InstanceNorm, with GroupNorm.
 
 A volume of 12 x 12 x 12 has one to four bright balls to segment, and one to four dark ones, in a
 gradient of light with noise. Each of 300 volumes is seen once. All methods use Adam, alone or in
-`bnp`. The score is the Dice coefficient on 50 other volumes; 50 more choose the rate.
+`bnp`. The score is the Dice coefficient on 50 other volumes; 50 more are the validation data.
 
 python examples/unet.py
 """

@@ -1,8 +1,8 @@
-"""A variational autoencoder of scikit-learn's digits, six images a step.
+"""A variational autoencoder of scikit-learn's digits, six images in each step.
 
-Encoder 64-100-(8 + 8), decoder 8-100-64, Bernoulli pixels. Rescaled gradients reach both networks;
-BNP takes the statistics of all four layers from one call. The score is the negative evidence lower
-bound in nats, with one sample of the latents.
+The encoder is 64-100-(8 + 8), the decoder 8-100-64, with Bernoulli pixels. One call gives the
+statistics of all four layers. The score is the negative evidence lower bound in nats, with one
+sample of the latents.
 
 python examples/vae.py
 """
