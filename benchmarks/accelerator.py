@@ -4,7 +4,7 @@ Measures: the time of a step of SGD, BatchNorm, BNP, Adam, bnp(Adam) and Muon, a
 forms of step 5.
 Command: `python benchmarks/accelerator.py --out records.jsonl`, on an H100 some ten minutes. With
 `--report` it prints the records instead.
-Quoted by: docs/performance.md, "On GPU and TPU".
+Quoted by: docs/performance.md, "Measured on an H200 and an H100".
 
 All methods of a cell are compiled first and then timed in turn, in rounds. One measurement is a
 compiled loop of steps. The loop takes two batches in turn, so that the compiler cannot compute

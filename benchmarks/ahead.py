@@ -5,7 +5,7 @@ to compile, of a step of SGD, BatchNorm, BNP, Adam, bnp(Adam) and Muon.
 Command: `tpu/bin/python benchmarks/ahead.py v5e v6e`, `cuda/bin/python benchmarks/ahead.py h100`,
 some ten minutes each. Without a target it prints the records;
 `--figure` draws them.
-Quoted by: docs/performance.md, "On GPU and TPU".
+Quoted by: docs/experiments/step.md, "What the compilers for GPU and TPU report".
 
 The records are in `records/ahead.jsonl`; what it has is not compiled again. The compilers are
 packages for separate environments. They need neither hardware nor drivers:

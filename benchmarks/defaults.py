@@ -28,7 +28,7 @@ accelerator `python benchmarks/defaults.py run benchmarks/records/defaults.jsonl
 examples.npz --workers 12`; then `test` in place of `run`, and `python benchmarks/defaults.py report
 benchmarks/records/defaults.jsonl`. `run` and `test` continue where they stopped. Needs
 `bnp_experiments`.
-Quoted by: docs/optimizers.md, "The start of the running statistics".
+Quoted by: docs/experiments/start.md.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Measures: the time of the batch statistics in six forms, and of the end of a training step in seven.
 Command: `taskset -c 1 python benchmarks/kernels.py`, two minutes.
-Quoted by: docs/performance.md, "Where the time goes".
+Quoted by: docs/experiments/step.md, "Where the time goes".
 """
 
 from collections.abc import Callable

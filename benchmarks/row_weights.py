@@ -7,7 +7,7 @@ between one example and all of each batch. Seven learning rates and three seeds;
 held-out images, as in `defaults.py`, which packs the examples.
 
 Command: `python benchmarks/row_weights.py examples.npz`, five minutes on two cores.
-Quoted by: docs/optimizers.md, "The start of the running statistics".
+Quoted by: docs/experiments/start.md, "Weights of the batches".
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Measures: the kernels of a step, FC 3072-100-100-10, at batch sizes 1, 16 and 60.
 Command: `taskset -c 1 python benchmarks/step_profile.py`, thirty seconds. Needs `bnp_experiments`.
-Quoted by: docs/performance.md, "Where the time goes".
+Quoted by: docs/experiments/step.md, "Where the time goes".
 """
 
 import collections

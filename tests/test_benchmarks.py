@@ -62,9 +62,9 @@ def table_rows(text):
 @pytest.mark.parametrize(
   ("name", "pages", "rows"),
   [
-    ("defaults", ("docs/optimizers.md", "docs/tuning.md", "README.md"), 240),
+    ("defaults", ("docs/experiments/start.md", "docs/tuning.md", "README.md"), 240),
     ("trainers", ("docs/howto/trainers.md",), 8),
-    ("ahead", ("docs/performance.md",), 40),
+    ("ahead", ("docs/experiments/step.md",), 40),
     ("high_rate", ("docs/diagnostics.md",), 25),
     ("accelerator", ("docs/performance.md",), 6),
     ("memory", ("docs/tuning.md",), 10),

@@ -138,12 +138,13 @@ def test_the_figure_of_batch_sizes_has_the_plateaus(capsys, tmp_path, monkeypatc
   assert "| BNP, paper's start | ≥ 0.0 |" in (tmp_path / "batch-sizes-fc-plateaus.md").read_text()
 
 
-def test_the_page_on_performance_holds_the_tables_of_the_committed_times():
+def test_the_pages_on_performance_hold_the_tables_of_the_committed_times():
   results = read_results(RESULTS / "step-time-laptop")
   measured = [(cell, results.find(**cell.settings)[-1]) for cell in cells("laptop")]
-  page = (ROOT / "docs" / "performance.md").read_text()
-  for _, markdown in times.tables(measured):
-    assert markdown in page, "Run: bnp-optax figure step-time, and copy its tables."
+  pages = ("performance.md", "experiments/step.md")
+  for page, (_, markdown) in zip(pages, times.tables(measured), strict=True):
+    text = (ROOT / "docs" / page).read_text()
+    assert markdown in text, "Run: bnp-optax figure step-time, and copy its tables."
 
 
 def test_a_report_without_results_is_one_line(capsys, tmp_path, monkeypatch):
