@@ -20,10 +20,11 @@ import time
 from typing import Any
 
 from cells import CELLS_WITH_FORMS, FORMS, METHODS, describe, make_cell, make_step
-from common import time_in_turn
+from common import repeated, time_in_turn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tables import append, head, read, row
 
 CELLS = (
   "fc4096-4096:60:f32",
@@ -57,23 +58,17 @@ def make_loop(name: str, method: str, steps: int, batches: Any) -> tuple[Callabl
   step = make_step(make_cell(name), method)
   carry = jax.jit(step.init)(jax.random.key(0))
 
-  def body(i: jax.Array, carry: Any, batches: Any) -> Any:
-    return step.take(carry, jax.tree.map(lambda x: x[i % 2], batches))
-
   @functools.partial(jax.jit, donate_argnums=0)
   def loop(carry: Any, batches: Any) -> Any:
-    return jax.lax.fori_loop(0, steps, lambda i, carry: body(i, carry, batches), carry)
+    def body(i: jax.Array, carry: Any) -> Any:
+      return step.take(carry, jax.tree.map(lambda x: x[i % 2], batches))
+
+    return jax.lax.fori_loop(0, steps, body, carry)
 
   start = time.perf_counter()
   compiled = loop.lower(carry, batches).compile()
   seconds = time.perf_counter() - start
-
-  def call() -> Any:
-    nonlocal carry
-    carry = compiled(carry, batches)
-    return carry
-
-  return call, seconds
+  return repeated(compiled, carry, batches), seconds
 
 
 def count_steps(name: str, batches: Any, seconds: float) -> int:
@@ -112,11 +107,10 @@ def measure(name: str, methods: list[str], rounds: int, seconds: float) -> Itera
 
 def report(path: pathlib.Path) -> None:
   """Print the table of the page: times relative to SGD, median (quartiles)."""
-  records = [r for r in map(json.loads, path.read_text().splitlines()) if "ratio" in r]
+  records = [r for r in read(path) if "ratio" in r]
   found = {(r["cell"], r["method"]): r for r in records}
   others = [method for method in METHODS if method != "SGD"]
-  print(f"| device | network, batch | SGD, µs | {' | '.join(others)} |")
-  print("| --- | --- |" + " --: |" * len(METHODS))
+  print(head(("device", "network, batch", "SGD, µs", *others), "ll"))
   for name in dict.fromkeys(r["cell"] for r in records):
     sgd = found[name, "SGD"]
     cells = [sgd["device"], describe(name), f"{sgd['microseconds']:,.0f}"]
@@ -124,7 +118,7 @@ def report(path: pathlib.Path) -> None:
       r = found.get((name, method))
       low, high = r["quartiles"] if r else (0, 0)
       cells.append(f"{r['ratio']:.2f} ({low:.2f}–{high:.2f})" if r else "")
-    print(f"| {' | '.join(cells)} |")
+    print(row(cells))
 
 
 def main() -> None:
@@ -152,11 +146,8 @@ def main() -> None:
     "jax": jax.__version__,
     "revision": options.revision,
   }
-  lines = options.out.read_text().splitlines() if options.out.exists() else []
   # A cell with an error, such as memory that ran out, is measured again.
-  done = {
-    r["cell"] for r in map(json.loads, lines) if "ratio" in r and r["device"] == run["device"]
-  }
+  done = {r["cell"] for r in read(options.out) if "ratio" in r and r["device"] == run["device"]}
   for name in options.cells:
     if name in done:
       continue
@@ -168,9 +159,7 @@ def main() -> None:
       records = list(measure(name, methods, options.rounds, options.seconds))
     except jax.errors.JaxRuntimeError as error:
       records = [{"cell": name, "error": str(error)[:300]}]
-    with options.out.open("a") as file:
-      for record in records:
-        file.write(json.dumps(run | record) + "\n")
+    append(options.out, *(run | record for record in records))
     for record in records:
       print(json.dumps(record), flush=True)
     print(f"{name}: {time.perf_counter() - start:.0f} s so far", flush=True)

@@ -30,6 +30,7 @@ from cells import CELLS_WITH_FORMS, FORMS, METHODS, describe, make_cell, make_st
 import jax
 from jax.experimental import topologies
 import numpy as np
+from tables import append, head, read, row
 
 P = jax.sharding.PartitionSpec
 # The TPU's compiler looks for chips otherwise.
@@ -216,10 +217,9 @@ def measure(target: str, name: str, method: str, split: str) -> dict[str, Any]:
 Records = dict[tuple[str, str, str, str], dict[str, Any]]
 
 
-def read(records: pathlib.Path) -> Records:
+def read_by_step(records: pathlib.Path) -> Records:
   """Return the records so far, by target, cell, split and method."""
-  found = map(json.loads, records.read_text().splitlines()) if records.exists() else ()
-  return {(x["target"], x["cell"], x["split"], x["method"]): x for x in found}
+  return {(x["target"], x["cell"], x["split"], x["method"]): x for x in read(records)}
 
 
 _FORM_NAMES = {
@@ -237,7 +237,7 @@ _COSTS = {"v5e": "cycles", "v6e": "cycles", "h100": "bytes"}
 
 def report(path: pathlib.Path) -> None:
   """Print the tables of the page."""
-  records = read(path)
+  records = read_by_step(path)
   _print_steps(records)
   _print_forms(records)
   _print_splits(records)
@@ -246,8 +246,7 @@ def report(path: pathlib.Path) -> None:
 def _print_steps(records: Records) -> None:
   others = [method for method in METHODS if method != "SGD"]
   columns = ["target", "network, batch", "kernels: SGD, BNP", "SGD", *others]
-  print(_line(*columns, "BNP: memory", "BNP: compile time"))
-  print("| --- | --- |" + " --: |" * len(columns))
+  print(head([*columns, "BNP: memory", "BNP: compile time"], "ll"))
   for target, name in itertools.product(TARGETS, CELLS):
     found = {method: records.get((target, name, "", method)) for method in METHODS}
     sgd, bnp = found["SGD"], found["BNP"]
@@ -257,31 +256,29 @@ def _print_steps(records: Records) -> None:
       kernels = f"{sgd['kernels']:,}, {bnp['kernels']:,}"
       last = [f"{bnp[x] / sgd[x]:.2f}" for x in ("memory", "compile_seconds")]
       shown = f"{sgd[cost] / 1e3:,.0f}k" if cost == "cycles" else f"{sgd[cost] / 1e6:,.1f} MB"
-      print(_line(target, describe(name), kernels, shown, *ratios, *last))
+      print(row([target, describe(name), kernels, shown, *ratios, *last]))
 
 
 def _print_forms(records: Records) -> None:
   shown = list(itertools.product(TARGETS, CELLS_WITH_FORMS))
   heads = (f"{target}, {_COSTS[target]}: {describe(name)}" for target, name in shown)
-  print("\n" + _line("form of step 5", *heads))
-  print("| --- |" + " --: |" * len(shown))
+  print("\n" + head(["form of step 5", *heads], "l"))
   for form, text in _FORM_NAMES.items():
     ratios = []
     for target, name in shown:
       x, sgd = (records.get((target, name, "", method)) for method in (form, "SGD"))
       cost = _COSTS[target]
       ratios.append(f"{x[cost] / sgd[cost]:.2f}" if x and sgd else "")
-    print(_line(text, *ratios))
+    print(row([text, *ratios]))
 
 
 def _print_splits(records: Records) -> None:
   methods = ("SGD", "BNP")
-  print("\n" + _line("target", "chips", "split", *methods))
-  print("| --- | --: | --- |" + " --- |" * len(methods))
+  print("\n" + head(["target", "chips", "split", *methods], "lrlll"))
   for target, (name, chips), split in itertools.product(TARGETS, SPLIT_CELLS.items(), SPLITS):
     found = [records.get((target, name, split, method)) for method in methods]
     if all(found):
-      print(_line(target, str(chips), split, *(_collectives(x) for x in found if x)))
+      print(row([target, str(chips), split, *(_collectives(x) for x in found if x)]))
 
 
 def _collectives(record: dict[str, Any]) -> str:
@@ -289,15 +286,11 @@ def _collectives(record: dict[str, Any]) -> str:
   return f"{record['collectives']}: " + ", ".join(f"{k} {record[k] / 1e6:.3f} MB" for k in kinds)
 
 
-def _line(*cells: str) -> str:
-  return f"| {' | '.join(cells)} |"
-
-
 def figure(path: pathlib.Path) -> None:
   """Draw the cost of a step relative to SGD beside the records, a panel for each target."""
   import matplotlib.pyplot as plt
 
-  records = read(path)
+  records = read_by_step(path)
   styles = {
     "BatchNorm": ("#E69F00", "^"),
     "BNP": ("#0072B2", "o"),
@@ -330,7 +323,7 @@ def main() -> None:
   parser.add_argument("--cells", nargs="*", default=CELLS, help="network:batch:dtype")
   parser.add_argument("--figure", action="store_true", help="draw the records as well")
   options = parser.parse_args()
-  done = read(RECORDS)
+  done = read_by_step(RECORDS)
   wanted = [
     (name, "", method)
     for name in options.cells
@@ -341,8 +334,7 @@ def main() -> None:
     for name, split, method in wanted:
       if (target, name, split, method) not in done:
         record = measure(target, name, method, split)
-        with RECORDS.open("a") as file:
-          file.write(json.dumps(record) + "\n")
+        append(RECORDS, record)
         print(json.dumps(record), flush=True)
   report(RECORDS)
   if options.figure:

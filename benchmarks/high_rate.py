@@ -21,6 +21,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from tables import append, head, read, row
 
 RATE, COUNT, BATCH, EPOCHS = 0.5, 10_000, 128, 4
 FOLLOWED_EPOCHS, BLOWN_UP, BACK = 10, 100.0, 100
@@ -182,41 +183,41 @@ def follow() -> None:
 
 def _remove(*kinds: str) -> None:
   """Remove the records of these kinds: those with one of these fields."""
-  lines = RECORDS.read_text().splitlines(keepends=True) if RECORDS.exists() else []
-  RECORDS.write_text("".join(x for x in lines if not json.loads(x).keys() & {*kinds}))
+  kept = [record for record in read(RECORDS) if not record.keys() & {*kinds}]
+  RECORDS.write_text("")
+  append(RECORDS, *kept)
 
 
 def _append(record: dict[str, Any]) -> None:
-  with RECORDS.open("a") as file:
-    file.write(json.dumps(record) + "\n")
+  append(RECORDS, record)
   print(json.dumps(record)[:160], flush=True)
 
 
-def read(records: pathlib.Path, kind: str) -> list[dict[str, Any]]:
+def read_kind(records: pathlib.Path, kind: str) -> list[dict[str, Any]]:
   """Return the records of a kind: those with this field."""
-  return [r for r in map(json.loads, records.read_text().splitlines()) if kind in r]
+  return [record for record in read(records) if kind in record]
 
 
 def report(records: pathlib.Path) -> None:
   """Print the tables of the page."""
-  steps = read(records, "step")
+  steps = read_kind(records, "step")
   noted = [i for i, record in enumerate(steps) if record["notes"]]
   shown = {*range(39, len(steps), 40), *range(len(steps) - 5, len(steps)), *noted[:3]}
-  print(f"| step | loss | {' | '.join(LAYERS)} | notes |\n| --: | --: |" + " --: |" * 5 + " --- |")
+  print(head(["step", "loss", *LAYERS, "notes"], "rrrrrrrl"))
   for record in (steps[i] for i in sorted(shown)):
     numbers = [f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in record["eigenvalues"]]
     names = ", ".join(note.split(":")[0] for note in record["notes"])
-    print(f"| {record['step']} | {record['loss']:.3g} | {' | '.join(numbers)} | {names} |")
-  print("\n| step | largest eigenvalue of the preconditioned Hessian | `variance_ratio` |")
-  print("| --: | --: | --: |")
+    print(row([str(record["step"]), f"{record['loss']:.3g}", *numbers, names]))
+  hessian = "largest eigenvalue of the preconditioned Hessian"
+  print("\n" + head(["step", hessian, "`variance_ratio`"]))
   for record in steps[39::40]:
     print(f"| {record['step']} | {record['hessian']:.3g} | {record['variance_ratio']:.3g} |")
-  print("\n| start | seed | epochs 1 to 4 | largest |\n| --- | --: | --- | --: |")
-  for r in read(records, "start"):
+  print("\n" + head(["start", "seed", "epochs 1 to 4", "largest"], "lrl"))
+  for r in read_kind(records, "start"):
     epochs = ", ".join(f"{loss:.3g}" for loss in r["epochs"])
     print(f"| {r['start']} | {r['seed']} | {epochs} | {r['largest']:.3g} |")
   print("\n| from step | | largest loss | mean of the last ten |\n| --: | --- | --: | --: |")
-  for r in read(records, "remedy"):
+  for r in read_kind(records, "remedy"):
     last = np.mean(r["losses"][-10:])
     print(f"| {r['from']} | {r['remedy']} | {max(r['losses']):.3g} | {last:.3g} |")
 
@@ -225,7 +226,7 @@ def figure(records: pathlib.Path) -> None:
   """Draw the loss above the predicted eigenvalues."""
   import matplotlib.pyplot as plt
 
-  steps = read(records, "step")
+  steps = read_kind(records, "step")
   count = [record["step"] for record in steps]
   fig, (above, below) = plt.subplots(
     2, 1, figsize=(8, 5.5), sharex=True, layout="constrained", height_ratios=[2, 3]

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import runpy
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from bnp_experiments.splits import Splits, make_splits
 import jax
 import numpy as np
 import optax
+from tables import append, head, mean_and_range, read, row
 
 import bnp_optax
 
@@ -97,8 +97,7 @@ def run(runs: Iterable[Run]) -> None:
     for record in train(splits, one):
       epochs.append(record)
       print(*one, record, flush=True)
-    with RECORDS.open("a") as file:
-      file.write(json.dumps({**one._asdict(), "epochs": epochs, "versions": versions}) + "\n")
+    append(RECORDS, {**one._asdict(), "epochs": epochs, "versions": versions})
 
 
 def _run_of(record: dict) -> Run:
@@ -121,27 +120,19 @@ def stream(decays: list[float]) -> None:
     if method.label not in done:
       record = online["measure"](method, images, labels)
       print(online["table"]([record]).splitlines()[-1], flush=True)
-      with STREAM_RECORDS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read(path: pathlib.Path) -> list[dict]:
-  """Return the records in a file; none if it does not exist."""
-  return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+      append(STREAM_RECORDS, record)
 
 
 def report(path: pathlib.Path) -> None:
   """Print the tables of the page: mean (range) over the seeds."""
   records = read(path)
-  print("| batch size, optimizer, `decay` | " + " | ".join(COLUMNS) + " |")
-  print("| --- |" + " --: |" * len(COLUMNS))
+  print(head(["batch size, optimizer, `decay`", *COLUMNS], "l"))
   for setting in sorted({_run_of(r)[:3] for r in records}, key=str):
     runs = [r["epochs"] for r in records if _run_of(r)[:3] == setting]
     cells = []
     for (key, digits), epoch in itertools.product((("accuracy", 1), ("loss", 2)), SHOWN.values()):
-      x = np.array([run[epoch - 1][key] for run in runs])
-      cells.append(f"{x.mean():.{digits}f} ({x.min():.{digits}f}–{x.max():.{digits}f})")
-    print(f"| {', '.join(map(str, setting))} | {' | '.join(cells)} |")
+      cells.append(mean_and_range(np.array([run[epoch - 1][key] for run in runs]), digits))
+    print(row([", ".join(map(str, setting)), *cells]))
   table = runpy.run_path(str(EXAMPLES / "online_learning.py"))["table"]
   print(table(sorted(read(STREAM_RECORDS), key=lambda record: record["method"])), end="")
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tables import head, row
 
 import bnp_optax
 
@@ -105,16 +106,14 @@ DEFAULT = {
 
 def main() -> None:
   """Print the tables."""
-  print("| mean / deviation | " + " | ".join(f"{name}: step, variance" for name in CASES) + " |")
-  print("| --: " * (1 + len(CASES)) + "|")
+  print(head(["mean / deviation", *(f"{name}: step, variance" for name in CASES)]))
   for ratio in (0, 1, 10, 30, 100, 1e3, 1e4, 1e5):
     cells = ["{:.0e}, {:.0e}".format(*largest_errors(*case, ratio)) for case in CASES.values()]
-    print(f"| {ratio:g} | " + " | ".join(cells) + " |", flush=True)
-  print("\n| mean / deviation | " + " | ".join(DEFAULT) + " |")
-  print("| --: " * (1 + len(DEFAULT)) + "|")
+    print(row([f"{ratio:g}", *cells]), flush=True)
+  print("\n" + head(["mean / deviation", *DEFAULT]))
   for ratio in (0, 1, 3, 10, 30, 100, 1e3, 1e4):
     errors = [max(error(ratio, seed) for seed in range(SEEDS)) for error in DEFAULT.values()]
-    print(f"| {ratio:g} | " + " | ".join(f"{error:.0e}" for error in errors) + " |", flush=True)
+    print(row([f"{ratio:g}", *(f"{error:.0e}" for error in errors)]), flush=True)
 
 
 if __name__ == "__main__":

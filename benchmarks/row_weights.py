@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tables import head, mean_and_range, row
 
 import bnp_optax
 from bnp_optax import _running
@@ -46,12 +47,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("examples", type=pathlib.Path, help="the file that `defaults.py pack` wrote")
   path = parser.parse_args().examples
-  print(f"| optimizer, batch size | {' | '.join(WEIGHTS)} |\n| --- | --: | --: |")
+  print(head(["optimizer, batch size", *WEIGHTS], "l"))
   for optimizer, batch_size in itertools.product(("sgd", "adam"), (6, 60)):
     accuracy = 100 * train(path, Cell("alone", batch_size, "fc", optimizer))
     best = accuracy[np.arange(len(WEIGHTS)), accuracy.mean(axis=2).argmax(axis=1)]
-    cells = [f"{x.mean():.1f} ({x.min():.1f}–{x.max():.1f})" for x in best]
-    print(f"| {OPTIMIZER_NAMES[optimizer]}, {batch_size} | {' | '.join(cells)} |", flush=True)
+    label = f"{OPTIMIZER_NAMES[optimizer]}, {batch_size}"
+    print(row([label, *map(mean_and_range, best)]), flush=True)
 
 
 def train(path: pathlib.Path, cell: Cell) -> np.ndarray:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tables import head
 
 import bnp_optax
 
@@ -67,8 +68,7 @@ def main() -> None:
       key = f"{name}, {devices}"
       programs[key], functions[key] = compiled_step(devices, tx)
   seconds = time_in_turn(functions, rounds=30, calls=1)
-  print("| devices | SGD, ms | BNP, ms | SGD, bytes | BNP, bytes | BNP adds |")
-  print("| --: " * 6 + "|")
+  print(head(("devices", "SGD, ms", "BNP, ms", "SGD, bytes", "BNP, bytes", "BNP adds")))
   for devices in DEVICES:
     keys = [f"{name}, {devices}" for name in optimizers]
     times = " | ".join(f"{1e3 * np.median(seconds[key]):.1f}" for key in keys)

@@ -8,25 +8,14 @@ Quoted by: docs/howto/trainers.md, "What it costs".
 
 from typing import Any
 
-from common import repeated, time_in_turn
+from common import FullyConnected, repeated, time_in_turn
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from tables import head, median_and_quartiles, row
 
 import bnp_optax
-
-
-class FC(nn.Module):
-  """The paper's fully connected network."""
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Return the logits."""
-    for _ in range(3):
-      x = nn.relu(nn.Dense(100)(x))
-    return nn.Dense(10)(x)
 
 
 class CNN(nn.Module):
@@ -70,9 +59,10 @@ def compile_step(model: nn.Module, x: jax.Array, kind: str) -> tuple[jax.stages.
 
 def main() -> None:
   """Print the table of the page."""
-  print("| network | batch | flops: sown | taps | bytes: sown | taps | time: sown | taps |")
-  print("| --- |" + " --: |" * 7)
-  for name, model, shape in (("FC", FC(), (3072,)), ("CNN", CNN(), (32, 32, 3))):
+  columns = ("flops: sown", "taps", "bytes: sown", "taps", "time: sown", "taps")
+  print(head(("network", "batch", *columns), "l"))
+  fc = FullyConnected((100, 100, 100))
+  for name, model, shape in (("FC", fc, (3072,)), ("CNN", CNN(), (32, 32, 3))):
     for batch in (1, 6, 60, 512):
       x = jnp.ones((batch, *shape))
       steps = {kind: compile_step(model, x, kind) for kind in ("sgd", "sow", "taps")}
@@ -85,10 +75,8 @@ def main() -> None:
         for kind, (step, carry) in steps.items()
       }
       seconds = time_in_turn(functions, rounds=25, calls=max(2, 200 // batch))
-      for kind in ("sow", "taps"):
-        low, middle, high = np.percentile(seconds[kind] / seconds["sgd"], [25, 50, 75])
-        cells.append(f"{middle:.2f} ({low:.2f}–{high:.2f})")
-      print(f"| {' | '.join(cells)} |", flush=True)
+      cells += [median_and_quartiles(seconds[kind] / seconds["sgd"]) for kind in ("sow", "taps")]
+      print(row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from flax.training import train_state
 import jax
 import jax.numpy as jnp
 import optax
+from tables import append, head, read, row
 
 import bnp_optax
 
@@ -286,11 +287,6 @@ TRAINERS = {
 }
 
 
-def read(records: pathlib.Path) -> list[dict[str, Any]]:
-  """Read the records; none if there is no file."""
-  return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-
-
 def run(records: pathlib.Path, names: list[str], seeds: int) -> None:
   """Train what has no record yet, and append the records."""
   warnings.simplefilter("ignore")
@@ -306,15 +302,14 @@ def run(records: pathlib.Path, names: list[str], seeds: int) -> None:
         if any(key.items() <= record.items() for record in read(records)):
           continue
         record = {**key, "result": float(train(learning_rate, bnp, seed)), "versions": versions}
-        with records.open("a") as file:
-          file.write(json.dumps(record) + "\n")
+        append(records, record)
         print(json.dumps(record), flush=True)
 
 
 def report(records: pathlib.Path) -> None:
   """Print the table of the page: the mean over the seeds, and each of them."""
   found = read(records)
-  print("| trainer | result | optimizer | rate | alone | with BNP |\n|" + " --- |" * 6)
+  print(head(("trainer", "result", "optimizer", "rate", "alone", "with BNP"), "llllll"))
   for name, trainer in TRAINERS.items():
     cells = [trainer.problem, trainer.result, trainer.optimizer, f"{trainer.learning_rate:g}"]
     for bnp in (False, True):
@@ -323,7 +318,7 @@ def report(records: pathlib.Path) -> None:
       numbers = [result for _, result in results]
       mean, *each = (f"{x:.{trainer.digits}f}" for x in (statistics.mean(numbers), *numbers))
       cells.append(f"{mean} ({', '.join(each)})")
-    print(f"| {' | '.join(cells)} |")
+    print(row(cells))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from tests.test_docs import broken
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "benchmarks" / "README.md"
-MODULES = {ROOT / "benchmarks" / name for name in ("cells.py", "common.py")}
+MODULES = {ROOT / "benchmarks" / name for name in ("cells.py", "common.py", "tables.py")}
 SCRIPTS = sorted({*ROOT.glob("benchmarks/*.py")} - MODULES)
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 COMMAND = re.compile(r"python benchmarks/(\w+)\.py")
