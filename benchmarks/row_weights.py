@@ -18,11 +18,10 @@ from unittest import mock
 
 from bnp_experiments.models import find_layers
 from bnp_experiments.training import as_inputs
-from defaults import (
+from grid import (
   OPTIMIZER_NAMES,
   RATES,
   SEEDS,
-  STEPS,
   Cell,
   Lane,
   examples,
@@ -61,9 +60,7 @@ def train(path: pathlib.Path, cell: Cell) -> np.ndarray:
   model, parameters = model_and_parameters(path, cell.network)
   parameters = jax.tree.map(jnp.asarray, parameters)
   layers = find_layers(model, as_inputs(x[:1]))
-  steps = STEPS[cell.batch_size][0]
-  orders = np.stack([order(seed, len(x), steps * cell.batch_size) for seed in SEEDS])
-  orders = orders.reshape(len(SEEDS), steps, cell.batch_size)
+  orders = np.stack([order(seed, len(x), cell) for seed in SEEDS])
   rates = np.float32(RATES[cell.optimizer])
 
   def run(weight: Any, rate: Any, seed: Any) -> Any:
