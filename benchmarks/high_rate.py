@@ -20,8 +20,15 @@ import json
 import pathlib
 from typing import Any
 
+from bnp_experiments import data, models
+from bnp_experiments.training import as_inputs
+import jax
 import numpy as np
+import optax
 from tables import append, head, read, row
+
+import bnp_optax
+from bnp_optax import conditioning
 
 RATE, COUNT, BATCH, EPOCHS = 0.5, 10_000, 128, 4
 FOLLOWED_EPOCHS, BLOWN_UP, BACK = 10, 100.0, 100
@@ -33,10 +40,6 @@ LAYERS = ("conv1", "conv2", "conv3", "dense1", "dense2")
 
 def optimizers() -> dict[str, Any]:
   """Return BNP with SGD for each start of the running statistics."""
-  import optax
-
-  import bnp_optax
-
   bounded = optax.chain(optax.sgd(RATE), optax.adaptive_grad_clip(0.03))
   return {
     "the paper's start": bnp_optax.bnp(optax.sgd(RATE), debias=False),
@@ -49,17 +52,12 @@ def optimizers() -> dict[str, Any]:
 @functools.cache
 def load() -> tuple[Any, Any, Any]:
   """Return the network, the images and the labels."""
-  from bnp_experiments import data, models
-
   dataset = data.load("cifar10")
   return models.CNN(), dataset.x_train[:COUNT], dataset.y_train[:COUNT].astype(np.int32)
 
 
 def initialize(seed: int) -> Any:
   """Return the initial parameters."""
-  from bnp_experiments.training import as_inputs
-  import jax
-
   model, x, _ = load()
   return model.init(jax.random.key(seed), as_inputs(x[:1]), train=False)["params"]
 
@@ -73,11 +71,6 @@ def batches(seed: int, epochs: int) -> Any:
 
 def make_loss_fn(x: Any, y: Any) -> Any:
   """Return the loss on a batch as a function of the parameters, with the statistics."""
-  from bnp_experiments.training import as_inputs
-  import optax
-
-  import bnp_optax
-
   model, *_ = load()
 
   def loss_fn(params: Any) -> tuple[Any, Any]:
@@ -93,10 +86,6 @@ def make_loss_fn(x: Any, y: Any) -> Any:
 
 def make_step(tx: Any) -> Any:
   """Return a compiled step from parameters, state and a batch to the next, loss and diagnostics."""
-  import jax
-  import optax
-
-  from bnp_optax import conditioning
 
   @jax.jit
   def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
@@ -114,8 +103,6 @@ def make_power_step(tx: Any) -> Any:
 
   The product is with ``P P^T Hessian``, which has the eigenvalues of ``P^T Hessian P``.
   """
-  import jax
-  import optax
 
   @jax.jit
   def multiply(v: Any, params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:
@@ -145,11 +132,6 @@ def compare() -> None:
 
 def follow() -> None:
   """Record each step of the run with the paper's start, and the two remedies."""
-  import jax
-  import optax
-
-  import bnp_optax
-
   _remove("step", "remedy")
   _, x, y = load()
   tx, params = optimizers()["the paper's start"], initialize(0)
