@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 import pathlib
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -119,13 +120,9 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
       final = np.array([outcome.final for outcome in outcomes]).reshape(len(outcomes), -1)
       steps = np.array([o.first_epoch(experiment.target) * o.steps for o in outcomes])
       seconds = np.array([np.median(o.seconds) if len(o.seconds) else np.nan for o in outcomes])
-      style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.6}
-      accuracy.plot(sizes, final.mean(axis=1), **style)
-      accuracy.fill_between(
-        sizes, final.min(axis=1), final.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
-      )
+      draw_line(accuracy, sizes, final.mean(axis=1), method, band=(final.min(1), final.max(1)))
       for axes, values in zip(needed, (steps, steps * seconds), strict=True):
-        axes.plot(sizes, values, **style)
+        draw_line(axes, sizes, values, method)
     _legend(methods, gathered, accuracy)
   for axes in panels.flat:
     axes.set_xscale("log", base=2)
@@ -175,13 +172,7 @@ def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
       axes.set_xscale("log")
       for outcome in gathered:
         if outcome.batch_size == batch_size and outcome.method in methods:
-          axes.plot(
-            *(outcome.rates, outcome.validation_accuracy),
-            color=outcome.method.colour,
-            marker=outcome.method.marker,
-            markersize=4,
-            linewidth=1.6,
-          )
+          draw_line(axes, outcome.rates, outcome.validation_accuracy, outcome.method)
     row[0].set_ylabel("accuracy on held-out images")
     row[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _legend(methods, gathered, row[0])
@@ -350,17 +341,37 @@ def label_plainly(axes: Axes) -> None:
   axes.yaxis.set_minor_locator(NullLocator())
 
 
+def draw_line(
+  axes: Axes,
+  x: Sequence[float] | np.ndarray,
+  y: np.ndarray,
+  method: Method,
+  style: str = "-",
+  *,
+  band: tuple[np.ndarray, np.ndarray] | None = None,
+  **options: Any,
+) -> None:
+  """Draw a line in the colour and with the marker of a method.
+
+  Args:
+    axes: The axes.
+    x: The places.
+    y: The values.
+    method: The method.
+    style: Line style of matplotlib.
+    band: The lower and the upper end of a band around the line; None for no band.
+    **options: Other options of `matplotlib.axes.Axes.plot`.
+  """
+  options = {"markersize": 4, "linewidth": 1.6, **options}
+  axes.plot(x, y, style, color=method.colour, marker=method.marker, **options)
+  if band is not None:
+    axes.fill_between(x, *band, color=method.colour, alpha=0.15, linewidth=0)
+
+
 def _line(axes: Axes, outcome: Outcome, values: np.ndarray, style: str) -> None:
+  """Draw the mean over the seeds against epochs, with the range as a band."""
   epochs = np.arange(1, len(values) + 1)
-  method = outcome.method
-  axes.plot(
-    *(epochs, values.mean(axis=1), style),
-    color=method.colour,
-    marker=method.marker,
-    markersize=3,
-    markevery=max(1, len(epochs) // 6),
-    linewidth=1.6,
-  )
-  axes.fill_between(
-    epochs, values.min(axis=1), values.max(axis=1), color=method.colour, alpha=0.15, linewidth=0
-  )
+  band = values.min(axis=1), values.max(axis=1)
+  every = max(1, len(epochs) // 6)
+  mean = values.mean(axis=1)
+  draw_line(axes, epochs, mean, outcome.method, style, band=band, markersize=3, markevery=every)

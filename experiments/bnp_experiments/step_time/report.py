@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from bnp_experiments import figures, methods, report
-from bnp_experiments.methods import SGD
+from bnp_experiments.methods import SGD, Method
 from bnp_experiments.results import Record
 
 Measured = Sequence[tuple[Any, Record]]
@@ -115,7 +115,7 @@ def _to_build(program: dict[str, float]) -> float:
 def _draw_batch(axes: Axes, measured: Measured) -> None:
   for method in measured[0][0].methods:
     line = [(cell.batch_size, r["relative_to_sgd"][method.name]) for cell, r in measured]
-    _line(axes, line, method.label, method.colour, method.marker)
+    _line(axes, line, method, method.label)
   axes.set(xlabel="batch size", ylabel="time of a step, relative to SGD")
   axes.set_title("FC 3072-100-100-10", loc="left")
 
@@ -128,8 +128,7 @@ def _draw_width(axes: Axes, measured: Measured) -> None:
         for cell, record in measured
         if cell.batch_size == size
       ]
-      label = f"{method.label}, batch size {size}"
-      _line(axes, line, label, method.colour, method.marker, style)
+      _line(axes, line, method, f"{method.label}, batch size {size}", style)
   axes.set(xlabel="width n", ylabel="time of a step, relative to SGD", yscale="log")
   figures.label_plainly(axes)
   axes.set_title("FC n-n-10", loc="left")
@@ -137,7 +136,7 @@ def _draw_width(axes: Axes, measured: Measured) -> None:
 
 def _draw_image(axes: Axes, measured: Measured) -> None:
   line = [(cell.shape[0], record["relative_to_sgd"][methods.BNP.name]) for cell, record in measured]
-  _line(axes, line, methods.BNP_DEBIAS.label, methods.BNP_DEBIAS.colour, methods.BNP_DEBIAS.marker)
+  _line(axes, line, methods.BNP_DEBIAS, methods.BNP_DEBIAS.label)
   axes.set(xlabel="height and width of an image", ylabel="time of a step, relative to SGD")
   axes.set_ylim(bottom=0)
   axes.set_title(f"CNN, batch size {measured[0][0].batch_size}", loc="left")
@@ -151,8 +150,7 @@ def _draw_layers(axes: Axes, measured: Measured) -> None:
         for cell, record in measured
         if cell.network.scanned == scanned
       ]
-      label = f"{method.label}{', scanned' * scanned}"
-      _line(axes, line, label, method.colour, method.marker, style)
+      _line(axes, line, method, f"{method.label}{', scanned' * scanned}", style)
   axes.set(xlabel="layers", ylabel="processor seconds to trace and compile", yscale="log")
   figures.label_plainly(axes)
   axes.set_title("dense layers of 32", loc="left")
@@ -169,9 +167,8 @@ _PANELS = {
 def _line(
   axes: Axes,
   points: Sequence[tuple[int, Any]],
+  method: Method,
   label: str,
-  colour: str,
-  marker: str,
   style: str = "-",
 ) -> None:
   """Draw medians, with the quartiles as a band."""
@@ -181,7 +178,4 @@ def _line(
   low, middle, high = (
     np.array([np.percentile(values, [25, 50, 75]) for _, values in points]).reshape(-1, 3).T
   )
-  axes.plot(
-    places, middle, style, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label
-  )
-  axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+  figures.draw_line(axes, places, middle, method, style, band=(low, high), label=label)
