@@ -185,14 +185,13 @@ def _comparing(
   """Judge a method by the least favourable comparison with the others."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
-    ours, *theirs = (find(outcomes, name, batch_size) for name in (method, *others))
-    if ours is None or None in theirs:
-      missing = [name for name in (method, *others) if find(outcomes, name, batch_size) is None]
+    found, missing = _find_all(outcomes, (method, *others), batch_size)
+    if missing:
       return _not_run(*missing)
-    available = [outcome for outcome in theirs if outcome is not None]
+    ours, *theirs = found
     return Judgement(
-      _least_favourable([compare(values(ours), values(outcome)) for outcome in available]),
-      "; ".join(f"{one.method.label} {percent(values(one))}" for one in (ours, *available)),
+      _least_favourable([compare(values(ours), values(outcome)) for outcome in theirs]),
+      "; ".join(f"{one.method.label} {percent(values(one))}" for one in found),
     )
 
   return judge
@@ -202,16 +201,24 @@ def _each(methods: Sequence[str], holds: Callable[[Outcome], np.bool_]) -> Judge
   """Judge whether a condition holds for each of the methods."""
 
   def judge(outcomes: Sequence[Outcome]) -> Judgement:
-    found = [find(outcomes, name, None) for name in methods]
-    available = [outcome for outcome in found if outcome is not None]
-    if len(available) < len(found):
-      return _not_run(*(n for n, o in zip(methods, found, strict=True) if o is None))
+    found, missing = _find_all(outcomes, methods, None)
+    if missing:
+      return _not_run(*missing)
     return Judgement(
-      _decide(all(map(holds, available)), available[0].final),
-      "; ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in available),
+      _decide(all(map(holds, found)), found[0].final),
+      "; ".join(f"{outcome.method.label} {percent(outcome.final)}" for outcome in found),
     )
 
   return judge
+
+
+def _find_all(
+  outcomes: Sequence[Outcome], methods: Sequence[str], batch_size: int | None
+) -> tuple[list[Outcome], list[str]]:
+  """Return the outcomes of methods, and the names of the methods that were not run."""
+  found = {name: find(outcomes, name, batch_size) for name in methods}
+  missing = [name for name, outcome in found.items() if outcome is None]
+  return [outcome for outcome in found.values() if outcome is not None], missing
 
 
 def _later(outcome: Outcome, name: str) -> np.ndarray:
