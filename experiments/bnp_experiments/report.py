@@ -33,19 +33,19 @@ def outcomes(experiment: Experiment, results: Results) -> list[Outcome]:
         continue
       gathered.append(
         Outcome(
-          method,
-          batch_size,
-          experiment.rates,
-          np.array(choice["validation_accuracy"], float),
-          choice["rate"],
-          epochs[0].get("steps", 0),
-          np.array([epoch["train_loss"] for epoch in epochs], float),
-          np.array([epoch["test_accuracy"] for epoch in epochs], float),
-          np.array(measured["seconds"].get(method.name, []), float),
-          np.array(measured["relative_to_sgd"].get(method.name, []), float),
-          _conditioning(experiment, results, variant, batch_size, choice["rate"]),
-          variant.label if method.variants else "",
-          experiment.decays,
+          method=method,
+          batch_size=batch_size,
+          rates=experiment.rates,
+          validation_accuracy=np.array(choice["validation_accuracy"], float),
+          rate=choice["rate"],
+          steps=epochs[0].get("steps", 0),
+          train_loss=np.array([epoch["train_loss"] for epoch in epochs], float),
+          test_accuracy=np.array([epoch["test_accuracy"] for epoch in epochs], float),
+          seconds=np.array(measured["seconds"].get(method.name, []), float),
+          relative_times=np.array(measured["relative_to_sgd"].get(method.name, []), float),
+          conditioning=_conditioning(experiment, results, variant, batch_size, choice["rate"]),
+          variant=variant.label if method.variants else "",
+          decays=experiment.decays,
         )
       )
   return gathered

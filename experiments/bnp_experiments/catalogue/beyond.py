@@ -130,9 +130,6 @@ BATCH_SIZES_FC = Experiment(
       better("bnp_muon_unscaled", "bnp_muon_debias", batch_size=60),
     ),
   ),
-)
-BATCH_SIZES_FC = dataclasses.replace(
-  BATCH_SIZES_FC,
   scales={
     "smoke": SMOKE
     | {

@@ -201,9 +201,6 @@ FIG6_LEFT = Experiment(
       comparable("bnp_groupnorm_debias", "batchnorm"),
     ),
   ),
-)
-FIG6_LEFT = dataclasses.replace(
-  FIG6_LEFT,
   scales={
     "smoke": SMOKE | {"network": resnet.ResNet(depth=8), "rates": (0.1,)},
     # At this scale 400 steps are many epochs, so every method warms up over one epoch.
