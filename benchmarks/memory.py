@@ -18,7 +18,6 @@ Quoted by: docs/tuning.md, "The memory of the running statistics".
 
 import argparse
 from collections.abc import Iterable, Iterator
-import dataclasses
 import functools
 import itertools
 import pathlib
@@ -56,30 +55,18 @@ class Run(NamedTuple):
   seed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class WithDecay(methods.Method):
-  """An optimizer inside `bnp` with a decay of the running statistics."""
-
-  decay: float = 0.99
-
-  def make_optimizer(
-    self, rate: methods.Rate, layers: bnp_optax.Layers
-  ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer for a learning rate and the layers of a network."""
-    return bnp_optax.bnp(self.optimizer(rate), self.decay, layers=layers)
-
-
 def train(splits: Splits, run: Run) -> Iterator[dict[str, float]]:
   """Yield the training loss and the held-out accuracy, in %, after each epoch."""
   optimizer, rate = OPTIMIZERS[run.optimizer]
-  method = WithDecay(run.optimizer, "", "", "", optimizer, decay=float(run.decay))
+  decay = (("decay", float(run.decay)),)
+  method = methods.Method(
+    run.optimizer, "", "", "", optimizer, "around", debias=True, bnp_arguments=decay
+  )
   setup = EXPERIMENT.setup(method, run.batch_size, len(splits.fit.labels), 10)
   lanes = training.make_lanes([run.seed], [rate])
   state = training.init(setup, lanes, splits.fit.images)
   for epoch in range(1, SHOWN["last"] + 1):
-    state, loss = training.train_epoch(
-      *(setup, state, lanes, epoch, splits.fit), on_steps=lambda steps: None
-    )
+    state, loss = training.train_epoch(setup, state, lanes, epoch, splits.fit)
     accuracy = float(evaluate(setup, state, *splits.held_out).accuracy[0])
     yield {"epoch": epoch, "loss": round(float(loss[0]), 4), "accuracy": round(100 * accuracy, 2)}
 

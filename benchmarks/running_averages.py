@@ -40,9 +40,7 @@ def main() -> None:
     state = training.init(setup, lanes, train[0])
     late, current = [], []
     for epoch in range(1, EPOCHS + 1):
-      state, _ = training.train_epoch(
-        *(setup, state, lanes, epoch, training.Examples(*train)), on_steps=lambda steps: None
-      )
+      state, _ = training.train_epoch(setup, state, lanes, epoch, training.Examples(*train))
       params, model_state = jax.tree.map(lambda x: x[0], state[:2])
       averaged = averages(params, model_state, train[0][:AVERAGED_OVER])
       with_current = state._replace(model_state=jax.tree.map(lambda x: x[None], averaged))

@@ -14,9 +14,6 @@ from bnp_experiments.catalogue import EXPERIMENTS
 from bnp_experiments.evaluation import evaluate
 import jax
 import numpy as np
-import optax
-
-import bnp_optax
 
 EPOCHS, BATCH_SIZE, SEED = 2, 4, 0
 SETTINGS = (
@@ -26,19 +23,6 @@ SETTINGS = (
   (("eps_relative", 0.1),),
   (("eps_relative", 1.0),),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class WithArguments(methods.Method):
-  """bnp(Adam) with arguments that differ from those of the paper."""
-
-  arguments: tuple[tuple[str, float], ...] = ()
-
-  def make_optimizer(
-    self, rate: methods.Rate, layers: bnp_optax.Layers
-  ) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer for a learning rate and the layers of a network."""
-    return bnp_optax.bnp(self.optimizer(rate), debias=False, layers=layers, **dict(self.arguments))
 
 
 def main() -> None:
@@ -58,18 +42,15 @@ def main() -> None:
     state = training.init(setup, lanes, train[0])
     accuracy = []
     for epoch in range(1, EPOCHS + 1):
-      state, _ = training.train_epoch(
-        *(setup, state, lanes, epoch, training.Examples(*train)), on_steps=lambda steps: None
-      )
+      state, _ = training.train_epoch(setup, state, lanes, epoch, training.Examples(*train))
       accuracy.append(100 * evaluate(setup, state, *held_out).accuracy[0])
     print(f"{name}, rate {rate:g}: {' '.join(f'{x:.1f}' for x in accuracy)}")
 
   report("Adam", methods.ADAM, 0.001)
   for arguments in SETTINGS:
-    name = f"bnp(Adam) {dict(arguments) or ''}"
+    method = dataclasses.replace(methods.BNP_ADAM, bnp_arguments=arguments)
     for rate in (0.001, 0.003):
-      method = WithArguments(name, name, "", "", optax.adam, arguments=arguments)
-      report(name, method, rate)
+      report(f"bnp(Adam) {dict(arguments) or ''}", method, rate)
 
 
 if __name__ == "__main__":

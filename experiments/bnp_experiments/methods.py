@@ -62,6 +62,7 @@ class Method:
       `bnp_optax.bnp`; None for no BNP.
     debias: Whether BNP removes the bias of the initial running statistics.
     scale_layers: Whether BNP divides by the paper's q; q is 1 otherwise.
+    bnp_arguments: Other arguments of BNP, as pairs of a name and its value.
     norm: Function that returns a normalization layer; None for no normalization.
     network: Other changes of the network, as pairs of a field and its value.
     weight_decay: Factor of the weights that is added to the gradient, after BNP.
@@ -83,6 +84,7 @@ class Method:
   variants: tuple["Method", ...] = ()
   debias: bool = False
   scale_layers: bool = True
+  bnp_arguments: tuple[tuple[str, Any], ...] = ()
 
   def make_optimizer(
     self, rate: Rate, layers: bnp_optax.Layers
@@ -92,6 +94,7 @@ class Method:
     if self.weight_decay:
       inner = optax.chain(optax.add_decayed_weights(self.weight_decay), inner)
     settings = {"debias": self.debias, "scale_layers": self.scale_layers, "layers": layers}
+    settings |= dict(self.bnp_arguments)
     if self.bnp == "before":
       return optax.chain(bnp_optax.scale_by_bnp(**settings), inner)
     if self.bnp == "around":

@@ -309,7 +309,7 @@ def train_epoch(
   epoch: int,
   examples: Examples,
   *,
-  on_steps: Callable[[int], None],
+  on_steps: Callable[[int], None] = lambda steps: None,
 ) -> tuple[LaneState, np.ndarray]:
   """Train for one epoch.
 
