@@ -74,10 +74,7 @@ def _time_steps(trainer: Trainer, batch_size: int, rates: dict[Method, float]) -
   setups = {trainer.setup(method, batch_size): rate for method, rate in rates.items()}
   times = timing.step_times(setups, trainer.splits.fit)
   seconds = {setup.method.name: times for setup, times in times.items()}
-  relative = {
-    name: [time / sgd for time, sgd in zip(times, seconds[SGD.name], strict=True)]
-    for name, times in seconds.items()
-  }
+  relative = timing.relative_to_sgd(seconds)
   trainer.results.append(settings | {"seconds": seconds, "relative_to_sgd": relative})
 
 

@@ -1,5 +1,6 @@
 """Times of a training step of several methods, measured side by side."""
 
+from collections.abc import Mapping, Sequence
 import functools
 import time
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from bnp_experiments import training
+from bnp_experiments.methods import SGD
 
 _ROUNDS = 25
 _SECONDS_A_SAMPLE = 0.05
@@ -30,6 +32,14 @@ def step_times(
   samplers = {setup: _Sampler(setup, rate, examples) for setup, rate in setups.items()}
   rounds = [{s: sampler.sample() for s, sampler in samplers.items()} for _ in range(_ROUNDS)]
   return {setup: [seconds[setup] for seconds in rounds] for setup in setups}
+
+
+def relative_to_sgd(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+  """Return the times of each method, by its name, divided by those of SGD in the same round."""
+  return {
+    name: [time / sgd for time, sgd in zip(times, seconds[SGD.name], strict=True)]
+    for name, times in seconds.items()
+  }
 
 
 class _Sampler:

@@ -21,7 +21,8 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from bnp_experiments.methods import SGD, Method
+from bnp_experiments import timing
+from bnp_experiments.methods import Method
 from bnp_experiments.models import find_layers
 from bnp_experiments.results import Record, Results, open_results, read_results, writing_to
 from bnp_experiments.step_time import report
@@ -74,11 +75,10 @@ def measure(cell: Cell, seconds: float) -> Record:
   rounds, end = [], time.perf_counter() + seconds
   while len(rounds) < _FEWEST_ROUNDS or time.perf_counter() < end:
     rounds.append({name: step.sample() for name, step in steps.items()})
+  measured = {name: [times[name] for times in rounds] for name in steps}
   return {
-    "seconds": {name: [times[name] for times in rounds] for name in steps},
-    "relative_to_sgd": {
-      name: [times[name] / times[SGD.name] for times in rounds] for name in steps
-    },
+    "seconds": measured,
+    "relative_to_sgd": timing.relative_to_sgd(measured),
     "programs": {name: step.program for name, step in steps.items()},
   }
 
