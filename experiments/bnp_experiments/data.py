@@ -108,22 +108,25 @@ def load(name: str) -> DataSet:
   for split, files, count in zip(("train", "test"), source.files, source.counts, strict=True):
     paths = [_variant(folder / file) for file in files]
     images, labels = source.read(paths, count, source.image)
-    arrays |= {f"x_{split}": images, f"y_{split}": labels}
-    for part in (f"x_{split}", f"y_{split}"):
-      found = hashlib.sha256(arrays[part].tobytes()).hexdigest()
-      if found != source.sha256.get(part, found):
-        raise DataError(
-          f"{' or '.join(map(str, paths))} is not the published file: the sha256 of {part} is "
-          f"{found}, expected {source.sha256[part]}. Remove the altered file and run again to "
-          f"download it."
-        )
-    if labels.max() >= source.classes:
+    read = {f"x_{split}": images, f"y_{split}": labels}
+    if difference := _difference(source, read, labels):
       raise DataError(
-        f"{' or '.join(map(str, paths))} is not the published file: it contains label "
-        f"{labels.max()}, expected labels from 0 to {source.classes - 1}. Remove the altered file "
-        f"and run again to download it."
+        f"{' or '.join(map(str, paths))} is not the published file: {difference}. Remove the "
+        "altered file and run again to download it."
       )
+    arrays |= read
   return DataSet(classes=source.classes, **arrays)
+
+
+def _difference(source: Source, arrays: Mapping[str, np.ndarray], labels: np.ndarray) -> str:
+  """Describe how arrays differ from the published ones; return an empty text if they do not."""
+  for name, array in arrays.items():
+    found = hashlib.sha256(array.tobytes()).hexdigest()
+    if found != source.sha256.get(name, found):
+      return f"the sha256 of {name} is {found}, expected {source.sha256[name]}"
+  if labels.max() >= source.classes:
+    return f"it contains label {labels.max()}, expected labels from 0 to {source.classes - 1}"
+  return ""
 
 
 def _variant(path: pathlib.Path) -> pathlib.Path:
