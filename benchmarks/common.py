@@ -39,35 +39,44 @@ class FullyConnected(nn.Module):
     return nn.Dense(10, dtype=self.dtype)(h).astype(jnp.float32)
 
 
-def cross_entropy(model: nn.Module, variables: Any, x: Any, y: Any) -> tuple[jax.Array, Any]:
+def cross_entropy(
+  model: nn.Module, variables: Any, x: Any, y: Any, **options: Any
+) -> tuple[jax.Array, Any]:
   """Compute the mean loss of a batch and the statistics of its layers.
 
   Args:
     model: The network.
     variables: Its variables, with the parameters.
     x: The inputs.
-    y: The labels.
+    y: The labels, of which the loss is a mean.
+    **options: Other arguments of the network.
 
   Returns:
     The loss, and the statistics in the form that `update` takes.
   """
-  with bnp_optax.linen.sow_statistics():
-    logits, aux = model.apply(variables, x, mutable=["intermediates", "batch_stats"])
+  with bnp_optax.linen.sow_statistics(example_axes=y.ndim):
+    logits, aux = model.apply(variables, x, mutable=["intermediates", "batch_stats"], **options)
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
   return loss, aux["intermediates"]
 
 
 def training_step(
-  model: nn.Module, tx: optax.GradientTransformation
+  model: nn.Module, tx: optax.GradientTransformation, **options: Any
 ) -> Callable[[Carry, Any], Carry]:
-  """Return a function from parameters, optimizer state and a batch to the next two."""
+  """Return a function from parameters, optimizer state and a batch to the next two.
+
+  Args:
+    model: The network.
+    tx: The optimizer.
+    **options: Other arguments of the network than the inputs.
+  """
   tx = optax.with_extra_args_support(tx)
 
   def step(carry: Carry, batch: Any) -> Carry:
     params, state = carry
 
     def loss_fn(params: optax.Params) -> tuple[jax.Array, Any]:
-      return cross_entropy(model, {"params": params}, *batch)
+      return cross_entropy(model, {"params": params}, *batch, **options)
 
     grads, stats = jax.grad(loss_fn, has_aux=True)(params)
     updates, state = tx.update(grads, state, params, stats=stats)

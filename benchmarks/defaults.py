@@ -46,6 +46,7 @@ from typing import Any
 
 from bnp_experiments.models import find_layers
 from bnp_experiments.training import as_inputs
+from common import training_step
 from defaults_report import best_rates, figure, key_of, report
 from grid import (
   PROGRAMS,
@@ -53,6 +54,7 @@ from grid import (
   SEEDS,
   Cell,
   Lane,
+  as_batch,
   cells,
   count_steps,
   examples,
@@ -64,10 +66,7 @@ from grid import (
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tables import append, read
-
-import bnp_optax
 
 TEST_SEEDS = (4, 5, 6, 7, 8)
 TESTED = list(itertools.product(("fc", "cnn"), (60, 1, 512), ("sgd", "adam"), ("alone", "debias")))
@@ -79,32 +78,16 @@ _PROGRAMS_AT_ONCE = 5
 _turns: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
-def take_step(model: Any, tx: Any, carry: Any, x: Any, y: Any) -> Any:
-  """Take one step from parameters and optimizer state."""
-  params, state = carry
-
-  def loss_fn(params: Any) -> tuple[Any, Any]:
-    with bnp_optax.linen.sow_statistics(example_axes=y.ndim):
-      logits, aux = model.apply(
-        {"params": params}, as_inputs(x), train=True, mutable=["intermediates"]
-      )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y.astype(jnp.int32))
-    return losses.mean(), aux["intermediates"]
-
-  grads, stats = jax.grad(loss_fn, has_aux=True)(params)
-  updates, state = tx.update(grads, state, params, stats=stats)
-  return optax.apply_updates(params, updates), state
-
-
 def make_run(cell: Cell, model: Any, layers: Any) -> Callable[..., Any]:
   """Return a function that trains one lane and computes its accuracy on the held-out examples."""
 
   def run(lane: Lane, parameters: Any, orders: Any, data: tuple[Any, Any, Any, Any]) -> Any:
     params = jax.tree.map(lambda x: x[lane.seed], parameters)
     tx = make_optimizer(cell, lane, layers)
+    take_step = training_step(model, tx, train=True)
 
     def step(carry: Any, indices: Any) -> tuple[Any, None]:
-      return take_step(model, tx, carry, data[0][indices], data[1][indices]), None
+      return take_step(carry, as_batch(data[0][indices], data[1][indices])), None
 
     (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), orders[lane.seed])
 
@@ -283,7 +266,8 @@ def _test(path: pathlib.Path, cell: Cell, rate: float) -> list[float]:
   model, _ = model_and_parameters(path, cell.network)
   layers = find_layers(model, as_inputs(x[:1]))
   tx = make_optimizer(cell, Lane(rate, (math.inf, math.inf), 0), layers)
-  step = jax.jit(functools.partial(take_step, model, tx), donate_argnums=0)
+  take_step = training_step(model, tx, train=True)
+  step = jax.jit(lambda carry, x, y: take_step(carry, as_batch(x, y)), donate_argnums=0)
   classify = jax.jit(lambda p, x: model.apply({"params": p}, as_inputs(x), train=False).argmax(-1))
   accuracies = []
   for seed in TEST_SEEDS:

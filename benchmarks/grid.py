@@ -149,6 +149,11 @@ def model_and_parameters(path: pathlib.Path, network: str) -> tuple[Any, Any]:
   return model, jax.tree.map(lambda *leaves: np.stack(leaves), *parameters)
 
 
+def as_batch(x: Any, y: Any) -> tuple[Any, Any]:
+  """Return the inputs and the labels of a network for a batch of examples."""
+  return as_inputs(x), y.astype(jnp.int32)
+
+
 def make_optimizer(cell: Cell, lane: Lane, layers: Any) -> Any:
   """Return the optimizer of a lane."""
   rate = lane.rate
@@ -162,7 +167,7 @@ def make_optimizer(cell: Cell, lane: Lane, layers: Any) -> Any:
     "muon": optax.contrib.muon,
   }[cell.optimizer](rate)
   if cell.program == "alone":
-    return optax.with_extra_args_support(inner)
+    return inner
   if cell.program == "defaults":
     return bnp_optax.bnp(inner, layers=layers)
   if cell.program == "paper":

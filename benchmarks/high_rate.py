@@ -22,6 +22,7 @@ from typing import Any
 
 from bnp_experiments import data, models
 from bnp_experiments.training import as_inputs
+from common import cross_entropy
 import jax
 import numpy as np
 import optax
@@ -72,16 +73,7 @@ def batches(seed: int, epochs: int) -> Any:
 def make_loss_fn(x: Any, y: Any) -> Any:
   """Return the loss on a batch as a function of the parameters, with the statistics."""
   model, *_ = load()
-
-  def loss_fn(params: Any) -> tuple[Any, Any]:
-    with bnp_optax.linen.sow_statistics():
-      logits, aux = model.apply(
-        {"params": params}, as_inputs(x), train=True, mutable=["intermediates"]
-      )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-    return losses.mean(), aux["intermediates"]
-
-  return loss_fn
+  return lambda params: cross_entropy(model, {"params": params}, as_inputs(x), y, train=True)
 
 
 def make_step(tx: Any) -> Any:
