@@ -56,7 +56,7 @@ def _refuse_split_layers(
   position = {i: n for n, i in enumerate(arrays)}
   zero: list[_Value] = ["zero"] * len(arrays)
   some: list[_Value] = ["nonzero"] * len(arrays)
-  # Moments are zero before the first step, and so they stay without a gradient. Counters grow.
+  # Moments are zero before the first step and stay zero without a gradient. Counters grow.
   moments: list[_Value] = [
     value if jnp.issubdtype(aval.dtype, jnp.inexact) else "nonzero"
     for aval, value in zip(started.out_avals, _values(started, some), strict=True)
