@@ -158,7 +158,10 @@ def _parameters(layer: nn.Module) -> dict[str, Any]:
 def _report(reporter: Reporter | TapReporter, layer: nn.Module, call: Call, outputs: Any) -> Any:
   """Report a call and return its outputs."""
   parameters = _parameters(layer)
-  call = dataclasses.replace(call, shape=jnp.shape(parameters[call.kernel]))
+  problem = call.problem
+  if type(layer).param is not nn.Module.param:
+    problem = "its class overrides param(), so its kernel may be a function of its parameter"
+  call = dataclasses.replace(call, shape=jnp.shape(parameters[call.kernel]), problem=problem)
   call = refer_to_parameter(call, (*layer.path, call.kernel), call.layout.bias in parameters)
   return reporter.report(layer, COLLECTION, call, outputs)
 

@@ -6,6 +6,7 @@ layer, what was found and what to do.
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from bnp_optax._kernels import Layer, layer_path, show_paths
 from bnp_optax._layers import Layers
 from bnp_optax._layout import KernelLayout
 from bnp_optax._statistics import LayerStatistics, NoStatistics, merge_call_axes
-from bnp_optax._trees import Path, by_kernel, flatten, flatten_masked, is_masked, unboxed
+from bnp_optax._trees import Path, by_kernel, flatten, flatten_masked, is_masked, show_path, unboxed
 
 
 def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list[LayerStatistics]:
@@ -94,12 +95,25 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
 def check_table(table: Any, updates: Any, stats: Any) -> None:
   """Raise ValueError if a table of `layers` lacks a kernel of these updates with statistics."""
   if isinstance(table, Layers):
-    known = {entry.path for entry in table.entries}
+    known = {entry.path for entry in table.entries if entry.covered is not None}
     found = by_kernel(stats, LayerStatistics)
     if new := [path for path, _ in flatten(updates) if path in found and path not in known]:
       raise ValueError(
-        f"layers= has no entry for {show_paths(map(layer_path, new))}: it is the table of another "
-        "model. Trace the model that these gradients belong to."
+        f"layers= has no layer {show_paths(map(layer_path, new))}: it is the table of another "
+        "model, or of a call without the layer. Trace the model that these gradients belong to, "
+        "with the arguments of training."
+      )
+
+
+def check_parameters(params: Any, updates: Any) -> None:
+  """Raise ValueError if parameters are not those that the gradients belong to."""
+  paths = ([path for path, _ in flatten(x, optax.MaskedNode)] for x in (params, updates))
+  for path, other in itertools.zip_longest(*paths):
+    if path != other:
+      found = " and ".join("none" if x is None else show_path(x) for x in (path, other))
+      raise ValueError(
+        "bnp: params and the gradients have different leaves; the first that differ are "
+        f"{found}. Pass the parameters that the gradients belong to."
       )
 
 

@@ -161,7 +161,10 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
         f"Layer {describe(module, call)} shares its {call.kernel} with another module. Their "
         "statistics would be attributed to one of them: share the module instead of the Param."
       )
-    call = dataclasses.replace(call, shape=kernel.shape)
+    problem = call.problem
+    if isinstance(raw := kernel.get_raw_value(), jax.Array) and kernel.get_value() is not raw:
+      problem = "its kernel is a function of its parameter, because the Param changes its value"
+    call = dataclasses.replace(call, shape=kernel.shape, problem=problem)
     return reporter.report(module, Statistics, call, outputs)
 
   methods: Wrappers = {

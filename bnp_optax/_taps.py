@@ -28,7 +28,7 @@ from bnp_optax._recurrence import time_on_first_axis
 from bnp_optax._reporting import call_statistics, check_examples
 from bnp_optax._sharding import replicated
 from bnp_optax._statistics import LayerStatistics, NoStatistics
-from bnp_optax._trees import by_kernel, is_masked, name_path
+from bnp_optax._trees import by_kernel, is_array, is_masked, name_path
 
 _SUMS = ("rows", "total", "within", "between")
 _FIELDS = {"examples", "share", *_SUMS}
@@ -140,7 +140,7 @@ def count_examples(
       f"refers to. The arguments are {[*named]}."
     )
   arguments = named.values() if batch_argument is None else (named[batch_argument],)
-  leaves = [x for x in jax.tree.leaves([*arguments]) if hasattr(x, "dtype")]
+  leaves = [x for x in jax.tree.leaves([*arguments]) if is_array(x)]
   # Not a random key, which has a dtype of its own.
   leaves = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
   arrays = [x for x in leaves if jnp.ndim(x) >= example_axes]

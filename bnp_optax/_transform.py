@@ -10,7 +10,7 @@ import optax
 from bnp_optax import _preconditioner
 from bnp_optax._inner import check_inner
 from bnp_optax._kernels import Layouts, find_layers
-from bnp_optax._matching import check_state
+from bnp_optax._matching import check_parameters, check_state
 from bnp_optax._running import RunningStatistics, ScaleByBnpState
 from bnp_optax._taps import zero_taps
 
@@ -242,7 +242,9 @@ def bnp(
     check_state(state, BnpState)
     statistics, preconditioners = running.update(updates, state.statistics, stats)
     updates = zero_taps(preconditioners.map(_preconditioner.apply_transpose, updates))
-    z = None if params is None else preconditioners.map(_preconditioner.apply_inverse, params)
+    if (z := params) is not None:
+      check_parameters(params, updates)
+      z = preconditioners.map(_preconditioner.apply_inverse, params)
     kept = {name: x for name, x in extra_args.items() if name not in _OF_THETA}
     try:
       updates, inner_state = inner.update(updates, state.inner_state, z, **kept)

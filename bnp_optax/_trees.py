@@ -62,10 +62,15 @@ def unboxed(tree: Any) -> Any:
   return jax.tree.map(value, tree, is_leaf=lambda x: value(x) is not x)
 
 
+def is_array(x: Any) -> bool:
+  """Return True for an array or its description, not for a dtype such as ``np.float32``."""
+  return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+
+
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
   """Return the arrays of a tree, and a function that puts other arrays in their place."""
   leaves, treedef = jax.tree.flatten(tree)
-  indices = [i for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
+  indices = [i for i, x in enumerate(leaves) if is_array(x)]
 
   def rebuild(arrays: list[Any]) -> Any:
     filled = dict(enumerate(leaves)) | dict(zip(indices, arrays, strict=True))

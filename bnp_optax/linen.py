@@ -51,7 +51,8 @@ def sow_statistics(
   bitwise the same. Several calls of a layer in one forward pass add rows.
 
   Enter it inside the function that is differentiated and jitted, around the call of the model.
-  Outside of `jax.jit`, JAX compiles and keeps a program for each new `mask`, `examples`, `exclude`.
+  Outside of `jax.jit`, JAX compiles and keeps a program for each new `mask`, `examples`, `exclude`,
+  and for each call with a mapping as `mask`.
 
   `flax.linen.scan`, `flax.linen.RNN` and `flax.linen.vmap` of several layers return the
   intermediates within this context, whatever their ``variable_axes``. A `flax.linen.vmap` with

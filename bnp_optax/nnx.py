@@ -13,10 +13,11 @@ from typing import Any
 from flax import nnx
 import jax
 
+from bnp_optax._calls import Call
 from bnp_optax._layers import Layers
 from bnp_optax._nnx import Statistics, describe, register, report, report_calls
 from bnp_optax._nnx_taps import Tap, Tapped, remove_taps
-from bnp_optax._observations import Owner, make_layers, merge_observed, observe_call
+from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
 from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
@@ -166,9 +167,15 @@ def layers(
   # nnx.eval_shape would read the sharding of what was sown.
   graph, state = nnx.split(model)
 
+  def record(module: nnx.Module, call: Call) -> Observation | None:
+    # A kernel that is another kind of Variable is not trained.
+    return (
+      observe_call(module, call) if isinstance(getattr(module, call.kernel), nnx.Param) else None
+    )
+
   def trace(state: Any, arrays: list[Any]) -> Any:
     model, (args, kwargs) = nnx.merge(graph, state), rebuild(arrays)
-    with report_calls(Reporter(observe_call, merge_observed, exact_windows, covers_nested=True)):
+    with report_calls(Reporter(record, merge_observed, exact_windows, covers_nested=True)):
       # Not capture(model.method): of a jitted method, the first argument would be the model.
       return nnx.capture(lambda m: getattr(m, method)(*args, **kwargs), Statistics)(model)[1]
 

@@ -231,6 +231,21 @@ def test_a_function_of_the_values_is_refused(function):
     tx.update(params, tx.init(params), stats=sow(model, params, x))
 
 
+@pytest.mark.parametrize("layer_class", [nn.Dense, nn.Conv])
+def test_a_class_that_changes_its_parameters_is_refused(layer_class):
+  class Scaled(layer_class):
+    def param(self, name, *args, **kwargs):
+      parameter = super().param(name, *args, **kwargs)
+      return 0.1 * parameter if name == "kernel" else parameter
+
+  x, model = uniform(8, 5), Scaled(4) if layer_class is nn.Dense else Scaled(4, (1,))
+  with pytest.raises(ValueError, match=r"kernel: its class overrides param\(\)"):
+    bnp_optax.linen.layers(model, x, strict=True)
+  params, tx = init(model, x), bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match=r"No statistics for .*: its class overrides param\(\)"):
+    tx.update(params, tx.init(params), stats=sow(model, params, x))
+
+
 def test_a_parameter_that_scales_the_kernel_is_refused():
   class Gained(nn.Module):
     @nn.compact

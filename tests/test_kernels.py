@@ -60,10 +60,35 @@ def test_the_table_of_another_model():
   grads, stats = problems.grads_and_stats(Net(adapter=True), params, batch)
   for tx in (bnp_optax.scale_by_bnp(layers=layers), bnp_optax.bnp(optax.sgd(1.0), layers=layers)):
     state = tx.init(params)
-    problems.raises("layers= has no entry for adapter", tx.update, grads, state, stats=stats)
+    problems.raises("layers= has no layer adapter", tx.update, grads, state, stats=stats)
   # Parameters without statistics are those of something else than layers.
   tx, known = bnp_optax.scale_by_bnp(layers=layers), {"hidden": grads["hidden"], "w": x}
   tx.update(known, tx.init(known), stats=stats)
+
+
+def test_the_table_of_a_call_without_a_layer():
+  """A layer that the traced call did not use has an entry, but BNP would leave it out."""
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=True):
+      x = nn.Dense(4, name="hidden")(x)
+      if train or self.is_initializing():
+        x = x + nn.Dense(4, name="auxiliary")(x)
+      return x
+
+  x = jnp.ones((3, 2))
+  params, batch = problems.make(Net(), (3, 2))
+  grads, stats = problems.grads_and_stats(Net(), params, batch)
+  for options, match in ((dict(train=False), "layers= has no layer auxiliary"), ({}, None)):
+    tx = bnp_optax.scale_by_bnp(layers=bnp_optax.linen.layers(Net(), x, **options))
+    if match:
+      problems.raises(match, tx.update, grads, tx.init(params), stats=stats)
+    else:
+      tx.update(grads, tx.init(params), stats=stats)
+  ignored = bnp_optax.linen.layers(Net(), x, train=False, ignore=["auxiliary"])
+  tx = bnp_optax.scale_by_bnp(layers=ignored)
+  tx.update(grads, tx.init(params), stats=stats)
 
 
 def test_the_table_of_a_model_serves_for_a_part_of_it():

@@ -205,6 +205,16 @@ def test_statistics_under_vmap_without_axis_name(mlp):
 # The state.
 
 
+def test_parameters_of_other_gradients():
+  params = {name: {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)} for name in "ab"}
+  grads, stats = {"b": params["b"]}, {"b": {"layer_statistics": statistics(3)}}
+  tx = bnp_optax.bnp(optax.sgd(0.1))
+  match = "params and the gradients have different leaves; the first that differ are a/bias and b/"
+  raises(match, tx.update, grads, tx.init(grads), params, stats=stats)
+  raises("differ are none and b/bias", tx.update, grads, tx.init(grads), {}, stats=stats)
+  tx.update(grads, tx.init(grads), grads, stats=stats)
+
+
 def test_state_for_other_parameters(mlp):
   params, grads, stats = mlp
   tx = bnp_optax.scale_by_bnp()

@@ -707,3 +707,29 @@ def test_layers_and_survey_under_a_mesh(kind, metadata):
     assert bnp_optax.nnx.layers(model, x) == plain
     found = bnp_optax.conditioning.survey(*nnx.split(model), x)
   np.testing.assert_allclose(found.layers[0].after, expected.layers[0].after, rtol=1e-5)
+
+
+def test_a_param_that_changes_its_value_is_refused():
+  class Scaled(nnx.Param):
+    def get_value(self, **kwargs):
+      return 0.1 * super().get_value(**kwargs)
+
+  model = nnx.Linear(5, 4, rngs=rngs())
+  model.kernel = Scaled(model.kernel[...])
+  with pytest.raises(ValueError, match="kernel: its kernel is a function of its parameter"):
+    bnp_optax.nnx.layers(model, jnp.ones((3, 5)), strict=True)
+  with sow_statistics():
+    _, stats = nnx.capture(model, Statistics)(jnp.ones((3, 5)))
+  params, tx = nnx.state(model, nnx.Param), bnp_optax.scale_by_bnp()
+  with pytest.raises(ValueError, match=r"No statistics for .*: its kernel is a function"):
+    tx.update(params, tx.init(params), stats=stats)
+
+
+def test_layers_that_another_type_of_variable_freezes():
+  class Frozen(nnx.Variable):
+    pass
+
+  body, head = nnx.Linear(5, 4, rngs=rngs()), nnx.Linear(4, 2, rngs=rngs())
+  body.kernel, body.bias = Frozen(body.kernel[...]), Frozen(body.bias[...])
+  layers = bnp_optax.nnx.layers(nnx.Sequential(body, head), jnp.ones((3, 5)), strict=True)
+  assert [entry.path for entry in layers.entries] == [("layers", "1", "kernel")]

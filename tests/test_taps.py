@@ -800,3 +800,15 @@ def test_nnx_stacks_along_another_axis_than_the_first():
 
   with pytest.raises(ValueError, match="stacked along axis 0"):
     bnp_optax.nnx.Tapped(Net(nnx.Rngs(0)), jnp.ones((6, 4)), examples=6)
+
+
+def test_a_dtype_among_the_arguments_is_no_batch():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, dtype):
+      return nn.Dense(3, dtype=dtype)(x)
+
+  x, model = jnp.ones((4, 2)), bnp_optax.linen.Tapped(Model(), examples=4)
+  variables = model.init(jax.random.key(0), x, jnp.bfloat16)
+  for dtype in (jnp.bfloat16, np.float32, jnp.dtype("float32")):
+    assert model.apply(variables, x, dtype).dtype == dtype
