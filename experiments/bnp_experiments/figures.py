@@ -155,8 +155,9 @@ def _batch_sizes(experiment: Experiment, gathered: list[Outcome]) -> Figure:
 
 def _rates(experiment: Experiment, gathered: list[Outcome]) -> Figure:
   """Draw accuracy against learning rate, with a column per batch size."""
-  sizes = [size for size in _RATES_SHOWN_AT if size in experiment.batch_sizes]
-  sizes = sizes or list(experiment.batch_sizes[:3])
+  sizes = sorted(experiment.batch_sizes)
+  if len(sizes) > 3:
+    sizes = [size for size in _RATES_SHOWN_AT if size in sizes] or sizes[:3]
   rows = experiment.panel_methods
   figure, panels = plt.subplots(
     *(len(rows), len(sizes)),

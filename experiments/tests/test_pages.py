@@ -109,6 +109,10 @@ def test_the_readme_has_the_quickstart():
     ("fig4-right-fc", 1, "{} % with SGD and at {} % with BNP at batch size 1", ("sgd", "bnp")),
     ("batch-sizes-fc", 512, "{} and {} % at 512", ("sgd", "bnp_debias")),
     (
+      *("batch-sizes-fc", 60, "{} % with Adam and at {} % with `bnp(adam)`"),
+      ("adam", "bnp_adam_debias"),
+    ),
+    (
       *("fig5-right", 2, "{} % with BatchNorm, at {} % with SGD and at {} % with BNP"),
       ("batchnorm", "sgd", "bnp"),
     ),
@@ -151,6 +155,7 @@ def test_the_gallery_counts_the_seeds_that_are_better(title, name):
     ("FC, 6", "fig4-left", "paper"),
     ("FC, 6", "batch-sizes-fc", "laptop"),
     ("FC, 60", "fig3-right", "paper"),
+    ("FC, 60", "batch-sizes-fc", "paper"),
     ("FC, 60", "batch-sizes-fc", "laptop"),
     ("FC, 512", "batch-sizes-fc", "paper"),
     ("FC, 512", "batch-sizes-fc", "laptop"),
