@@ -1,9 +1,10 @@
 """The layers of a tree of parameters: each kernel with its layout and its bias, found by path."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -35,69 +36,25 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
   named = flatten(tree, optax.MaskedNode)
   leaves = [leaf for _, leaf in named]
   index = {path: i for i, (path, _) in enumerate(named)}
-  missing = [path for path in layouts or () if path not in index]
-  # The table of a model may serve for a part of its parameters, such as those that are trained.
-  if missing and (len(missing) == len(layouts or ()) or not isinstance(layouts, Layers)):
-    above = next((path[0] for path in index if path[1:] == missing[0]), None)
-    level = (
-      ""
-      if above is None
-      else f", or add their first level: layers={{({above!r}, *path): x for path, x in "
-      f"layers.items()}} and stats={{{above!r}: stats}}"
-    )
-    raise ValueError(
-      f"These kernels in layers= are not in the parameters: {show_paths(missing)}. The parameters "
-      f"are {show_paths(index)}. Trace the model that these parameters belong to, and pass the "
-      f'"params" collection itself to this transformation{level}. A key of layers= is a tuple of '
-      "names."
-    )
-  for path, bias in layouts.biases.items() if isinstance(layouts, Layers) else ():
-    if (path in index) != (bias in index):
-      parts = ("kernel", "bias") if path in index else ("bias", "kernel")
-      raise ValueError(_split_layer(layer_path(path), *parts))
-  layers = []
+  if layouts is not None:
+    _check_paths(layouts, index)
+  layers: list[Layer] = []
   for path, i in index.items():
     if not path or (path[-1] != "kernel" if layouts is None else path not in layouts):
       continue
-    where = layer_path(path)
     bias_name = "bias" if layouts is None else layouts[path].bias
-    kernel, j = leaves[i], index.get((*path[:-1], bias_name))
-    bias = None if j is None else leaves[j]
+    j = index.get((*path[:-1], bias_name))
+    kernel, bias = leaves[i], None if j is None else leaves[j]
+    if bias is not None and is_masked(kernel) != is_masked(bias):
+      raise _split_layer(path, kernel_present=is_masked(bias))
     if is_masked(kernel):
-      if bias is not None and not is_masked(bias):
-        raise ValueError(_split_layer(where, "bias", "kernel"))
       continue
-    if is_masked(bias):
-      raise ValueError(_split_layer(where, "kernel", "bias"))
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-      raise ValueError(
-        f"Layer {show_path(where)}: BNP is defined for real kernels, but its kernel is "
-        f"{kernel.dtype}. Leave the layer out with optax.masked or optax.partition."
-      )
-    if layouts is not None:
-      layout = layouts[path]
-    elif kernel.ndim >= 2:
-      layout = KernelLayout.by_convention(kernel.ndim)
-    else:
-      raise ValueError(
-        f"Layer {show_path(where)}: a kernel of shape {kernel.shape} is not that of a Dense or "
-        "Conv. Leave the layer out with optax.masked or optax.partition."
-      )
-    if layout.ndim != kernel.ndim:
-      raise ValueError(
-        f"Layer {show_path(where)}: layers= has a layout of {layout.ndim} axes for it, {layout}, "
-        f"but its kernel has shape {kernel.shape}. Trace the model that these parameters belong to."
-      )
-    if bias is None and layouts is not None and not isinstance(layouts, Layers):
+    layout = _layout_of_kernel(path, kernel, layouts)
+    if bias is not None:
+      _check_bias(path, bias, layout.bias_shape(kernel.shape), kernel.shape)
+    elif layouts is not None and not isinstance(layouts, Layers):
       _check_other_bias(path, kernel.shape, layouts, named)
-    if bias is not None and not _fits(bias, layout.bias_shape(kernel.shape)):
-      raise ValueError(
-        f"Layer {show_path(where)}: the bias has shape {bias.shape}, but its kernel of shape "
-        f"{kernel.shape} requires {layout.bias_shape(kernel.shape)}. If the layer is not a plain "
-        "Dense or Conv, pass layers=bnp_optax.linen.layers(model, *inputs) or "
-        "layers=bnp_optax.nnx.layers(model, *inputs)."
-      )
-    layer = Layer(path, layout, i, j if bias is not None else None)
+    layer = Layer(path, layout, i, j)
     for other in layers:
       if layer.bias is not None and layer.bias == other.bias:
         raise ValueError(
@@ -106,6 +63,66 @@ def find_layers(tree: Any, layouts: Layouts | None) -> list[Layer]:
         )
     layers.append(layer)
   return layers
+
+
+def _check_paths(layouts: Layouts, paths: Collection[Path]) -> None:
+  """Raise ValueError if kernels of ``layouts``, or their biases, are not among the parameters."""
+  missing = [path for path in layouts if path not in paths]
+  # The table of a model may serve for a part of its parameters, such as those that are trained.
+  if missing and (len(missing) == len(layouts) or not isinstance(layouts, Layers)):
+    above = next((path[0] for path in paths if path[1:] == missing[0]), None)
+    level = (
+      ""
+      if above is None
+      else f", or add their first level: layers={{({above!r}, *path): x for path, x in "
+      f"layers.items()}} and stats={{{above!r}: stats}}"
+    )
+    raise ValueError(
+      f"These kernels in layers= are not in the parameters: {show_paths(missing)}. The parameters "
+      f"are {show_paths(paths)}. Trace the model that these parameters belong to, and pass the "
+      f'"params" collection itself to this transformation{level}. A key of layers= is a tuple of '
+      "names."
+    )
+  for path, bias in layouts.biases.items() if isinstance(layouts, Layers) else ():
+    if (path in paths) != (bias in paths):
+      raise _split_layer(path, kernel_present=path in paths)
+
+
+def _layout_of_kernel(path: Path, kernel: jax.Array, layouts: Layouts | None) -> KernelLayout:
+  """Return the layout of a kernel; raise ValueError if it is not that of a linear layer."""
+  where = show_path(layer_path(path))
+  if not jnp.issubdtype(kernel.dtype, jnp.floating):
+    raise ValueError(
+      f"Layer {where}: BNP is defined for real kernels, but its kernel is {kernel.dtype}. Leave "
+      "the layer out with optax.masked or optax.partition."
+    )
+  if layouts is None:
+    if kernel.ndim < 2:
+      raise ValueError(
+        f"Layer {where}: a kernel of shape {kernel.shape} is not that of a Dense or Conv. Leave "
+        "the layer out with optax.masked or optax.partition."
+      )
+    return KernelLayout.by_convention(kernel.ndim)
+  layout = layouts[path]
+  if layout.ndim != kernel.ndim:
+    raise ValueError(
+      f"Layer {where}: layers= has a layout of {layout.ndim} axes for it, {layout}, but its kernel "
+      f"has shape {kernel.shape}. Trace the model that these parameters belong to."
+    )
+  return layout
+
+
+def _check_bias(
+  path: Path, bias: jax.Array, expected: tuple[int, ...], kernel_shape: tuple[int, ...]
+) -> None:
+  """Raise ValueError if the bias of a layer does not have the expected shape."""
+  if not _fits(bias, expected):
+    raise ValueError(
+      f"Layer {show_path(layer_path(path))}: the bias has shape {bias.shape}, but its kernel of "
+      f"shape {kernel_shape} requires {expected}. If the layer is not a plain Dense or Conv, pass "
+      "layers=bnp_optax.linen.layers(model, *inputs) or layers=bnp_optax.nnx.layers(model, "
+      "*inputs)."
+    )
 
 
 def _fits(bias: Any, shape: tuple[int, ...]) -> bool:
@@ -151,8 +168,10 @@ def show_paths(paths: Iterable[Path]) -> str:
   return ", ".join(map(show_path, paths))
 
 
-def _split_layer(path: Path, present: str, masked: str) -> str:
-  return (
-    f"Layer {show_path(path)}: its {present} is given to BNP, its {masked} is masked or left out. "
-    "BNP updates a layer's kernel and bias together: give it both or neither."
+def _split_layer(path: Path, *, kernel_present: bool) -> ValueError:
+  """Return the error of a layer of which only the kernel or only the bias is present."""
+  present, missing = ("kernel", "bias") if kernel_present else ("bias", "kernel")
+  return ValueError(
+    f"Layer {show_path(layer_path(path))}: its {present} is given to BNP, its {missing} is masked "
+    "or left out. BNP updates a layer's kernel and bias together: give it both or neither."
   )
