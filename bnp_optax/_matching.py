@@ -32,7 +32,22 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       "transformation of BNP. If a trainer calls tx.update, give it Tapped(model, ...) of "
       "bnp_optax.linen or bnp_optax.nnx as the model."
     )
-  found: dict[Path, LayerStatistics] = by_kernel(stats, LayerStatistics, NoStatistics)
+  found = by_kernel(stats, LayerStatistics, NoStatistics)
+  _check_found(layers, found, stats)
+  if other := [x for x in layers if _contradicts(found[x.path].layout, x.layout)]:
+    raise ValueError(
+      f"These layers are not plain Dense or Conv layers, and their kernels have other axes than "
+      f"assumed: {', '.join(map(str, other))}. Pass "
+      "layers=bnp_optax.linen.layers(model, *inputs) (or bnp_optax.nnx.layers(model, *inputs)), "
+      "traced from this model, with the same exact_windows= as in sow_statistics."
+    )
+  return [_merged(x, leaves[x.kernel].shape, found[x.path]) for x in layers]
+
+
+def _check_found(
+  layers: list[Layer], found: Mapping[Path, LayerStatistics | NoStatistics], stats: Any
+) -> None:
+  """Raise ValueError if a layer has no statistics."""
   if not found and layers:
     raise ValueError(
       "stats holds no LayerStatistics. Run the forward pass within `with "
@@ -67,29 +82,22 @@ def match_statistics(layers: list[Layer], leaves: list[Any], stats: Any) -> list
       f"No statistics for {'; '.join(f'{x}: {y.reason}' for x, y in without.items())}. To train "
       "the layer without BNP, leave it out of this optimizer with optax.masked or optax.partition."
     )
-  if other := [x for x in layers if _contradicts(found[x.path].layout, x.layout)]:
+
+
+def _merged(layer: Layer, shape: tuple[int, ...], statistics: LayerStatistics) -> LayerStatistics:
+  """Return the statistics of a layer, whose kernel has a shape, with its calls merged."""
+  expected, reported = layer.layout.statistics_shape(shape), statistics.total.shape
+  if len(reported) == len(expected) + len(layer.layout.calls):
+    statistics = merge_call_axes(statistics, layer.layout.calls)
+  if expected != statistics.total.shape:
     raise ValueError(
-      f"These layers are not plain Dense or Conv layers, and their kernels have other axes than "
-      f"assumed: {', '.join(map(str, other))}. Pass "
-      "layers=bnp_optax.linen.layers(model, *inputs) (or bnp_optax.nnx.layers(model, *inputs)), "
-      "traced from this model, with the same exact_windows= as in sow_statistics."
+      f"Layer {layer}: its kernel of shape {shape} takes inputs of shape {expected}, but the "
+      f"statistics are of {reported}. Were they taken from another model, or under jax.vmap "
+      "without sow_statistics(axis_name=...) and out_axes=None? If the layer is not a plain "
+      "Dense or Conv, or ran under nn.scan or nn.vmap, pass "
+      "layers=bnp_optax.linen.layers(model, *inputs) or bnp_optax.nnx.layers(model, *inputs)."
     )
-  merged = []
-  for layer in layers:
-    shape, statistics = leaves[layer.kernel].shape, found[layer.path]
-    expected, reported = layer.layout.statistics_shape(shape), statistics.total.shape
-    if len(reported) == len(expected) + len(layer.layout.calls):
-      statistics = merge_call_axes(statistics, layer.layout.calls)
-    if expected != statistics.total.shape:
-      raise ValueError(
-        f"Layer {layer}: its kernel of shape {shape} takes inputs of shape {expected}, but the "
-        f"statistics are of {reported}. Were they taken from another model, or under jax.vmap "
-        "without sow_statistics(axis_name=...) and out_axes=None? If the layer is not a plain "
-        "Dense or Conv, or ran under nn.scan or nn.vmap, pass "
-        "layers=bnp_optax.linen.layers(model, *inputs) or bnp_optax.nnx.layers(model, *inputs)."
-      )
-    merged.append(statistics)
-  return merged
+  return statistics
 
 
 def check_table(table: Any, updates: Any, stats: Any) -> None:
