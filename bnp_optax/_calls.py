@@ -1,6 +1,9 @@
 """One call of a linear layer, in the form that all layers share."""
 
+from collections.abc import Callable, Mapping
 import dataclasses
+import inspect
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +48,28 @@ class Call:
   def statistics_name(self) -> str:
     """Name under which the statistics of this call are sown beside the kernel."""
     return PREFIX if self.kernel == "kernel" else f"{PREFIX}_{self.kernel}"
+
+
+class Invocation(NamedTuple):
+  """``outputs = method(*args, **kwargs)`` of a layer, which a reader reads as calls."""
+
+  layer: Any
+  exact_windows: bool
+  outputs: Any
+  method: Callable[..., Any]
+  args: tuple[Any, ...]
+  kwargs: Mapping[str, Any]
+
+  @property
+  def arguments(self) -> dict[str, Any]:
+    """The arguments by name."""
+    return inspect.signature(self.method).bind(*self.args, **self.kwargs).arguments
+
+  @property
+  def inputs(self) -> jax.Array:
+    """The first argument."""
+    return jnp.asarray(next(iter(self.arguments.values())))
+
+
+# Returns the calls of a layer, one for each kernel.
+Reader = Callable[[Invocation], list[Call]]

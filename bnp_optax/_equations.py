@@ -7,12 +7,11 @@ alone are rows, axes of all three operands are a stack, axes that are summed are
 from collections.abc import Callable, Collection, Iterable, Mapping
 import inspect
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnp_optax._calls import Call
+from bnp_optax._calls import Call, Invocation, Reader
 from bnp_optax._layout import KernelLayout
 
 # An equation, or a function of a layer and the arguments of its call that returns the inputs and
@@ -146,24 +145,18 @@ def own_call(
 
 def equation_reader(
   equation: Equation, kernel: str, bias: str | None, call: Callable[..., Call]
-) -> Callable[..., list[Call]]:
+) -> Reader:
   """Return the reader of a registered class.
 
   It makes its calls by ``call(layer, kernel, inputs, equation, bias)``.
   """
 
-  def read(
-    layer: Any,
-    exact_windows: bool,
-    outputs: Any,
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-  ) -> list[Call]:
-    del exact_windows, outputs
+  def read(invocation: Invocation) -> list[Call]:
+    layer = invocation.layer
     if callable(equation):
-      return [call(layer, kernel, *equation(layer, *args, **kwargs), bias)]
-    arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-    return [call(layer, kernel, next(iter(arguments.values())), equation, bias)]
+      inputs, given = equation(layer, *invocation.args, **invocation.kwargs)
+    else:
+      inputs, given = invocation.inputs, equation
+    return [call(layer, kernel, inputs, given, bias)]
 
   return read

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bnp_optax import _readers
-from bnp_optax._calls import Call
+from bnp_optax._calls import Call, Invocation, Reader
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._lifting import COLLECTION, refer_to_parameter, wrappers
 from bnp_optax._patching import Patches, Wrappers, activate
@@ -25,13 +25,10 @@ from bnp_optax._reporting import Reporter
 from bnp_optax._taps import TapReporter
 from bnp_optax._trees import show_path
 
-# Reads the calls of one layer: read(layer, exact_windows, outputs, method, args, kwargs).
-_Read = Callable[..., list[Call]]
-
 # The readers of each layer, by the method that multiplies by its kernels. A subclass that overrides
 # the method is read where it calls the original one, and not read if it does not.
-_READERS: dict[Callable[..., Any], dict[str, _Read]] = {
-  inspect.unwrap(layer.__call__): {"kernel": functools.partial(_readers.read, reader)}
+_READERS: dict[Callable[..., Any], dict[str, Reader]] = {
+  inspect.unwrap(layer.__call__): {"kernel": reader}
   for layer, reader in (
     (nn.Dense, _readers.dense),
     (nn.DenseGeneral, _readers.dense_general),
@@ -220,9 +217,10 @@ def _with_report(fun: Any, reporter: Reporter | TapReporter) -> Any:
       layer = layer.layer_instance
       read = inspect.unwrap(type(layer).__call__)
       kwargs = {name: value for name, value in kwargs.items() if name != "update_stats"}
+    method, exact_windows = functools.partial(read, layer), reporter.exact_windows
+    invocation = Invocation(layer, exact_windows, outputs, method, args, kwargs)
     for reader in _READERS.get(read, {}).values():
-      method = functools.partial(read, layer)
-      for call in reader(layer, reporter.exact_windows, outputs, method, args, kwargs):
+      for call in reader(invocation):
         outputs = _report(reporter, layer, call, outputs)
     return outputs
 

@@ -17,7 +17,7 @@ from flax import nnx
 import jax
 
 from bnp_optax import _readers
-from bnp_optax._calls import Call
+from bnp_optax._calls import Call, Invocation, Reader
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._patching import Patches, Wrappers, activate
@@ -30,22 +30,16 @@ class Statistics(nnx.Variable[Any]):
   """Variable type of the statistics. Capture it with ``nnx.capture(model, Statistics)``."""
 
 
-def _lora(layer: nnx.LoRA, exact_windows: bool, outputs: Any, x: jax.Array) -> list[Call]:
+def _lora(invocation: Invocation) -> list[Call]:
   """Read LoRA as two consecutive linear maps."""
-  del outputs, exact_windows
+  layer, x = invocation.layer, invocation.inputs
   h, a = layer.promote_dtype((x, layer.lora_a[...]), dtype=layer.dtype)
-  return [
-    Call(KernelLayout(), x, kernel="lora_a"),
-    Call(KernelLayout(), h @ a, kernel="lora_b"),
-  ]
+  return [Call(KernelLayout(), x, kernel="lora_a"), Call(KernelLayout(), h @ a, kernel="lora_b")]
 
-
-# Reads the calls of one layer: read(layer, exact_windows, outputs, method, args, kwargs).
-_Read = Callable[..., list[Call]]
 
 # The readers of each layer, by the class and the method that multiplies by its kernels.
-_READERS: dict[tuple[type[nnx.Module], str], dict[str, _Read]] = {
-  (layer, "__call__"): {"kernel": functools.partial(_readers.read, reader)}
+_READERS: dict[tuple[type[nnx.Module], str], dict[str, Reader]] = {
+  (layer, "__call__"): {"kernel": reader}
   for layer, reader in (
     (nnx.Linear, _readers.dense),
     (nnx.LinearGeneral, _readers.dense_general),
@@ -178,7 +172,7 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
 
 
 def _reporting_method(
-  original: Callable[..., Any], readers: Mapping[str, _Read]
+  original: Callable[..., Any], readers: Mapping[str, Reader]
 ) -> Callable[..., Any]:
   """Return a method that calls the original one and reports the call."""
 
@@ -188,8 +182,9 @@ def _reporting_method(
     if (active := _active.get()) is not None:
       report, reporter = active
       method, exact_windows = original.__get__(self), reporter.exact_windows
+      invocation = Invocation(self, exact_windows, outputs, method, args, kwargs)
       for read in readers.values():
-        for call in read(self, exact_windows, outputs, method, args, kwargs):
+        for call in read(invocation):
           outputs = report(self, call, outputs)
     return outputs
 

@@ -5,9 +5,7 @@ the kernel. The layers of `flax.linen` and `flax.nnx` have the same option names
 serves both.
 """
 
-from collections.abc import Callable, Mapping
 import dataclasses
-import inspect
 import math
 from typing import Any
 
@@ -15,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnp_optax._calls import Call
+from bnp_optax._calls import Call, Invocation
 from bnp_optax._equations import equation_call
 from bnp_optax._layout import KernelLayout
 
 
-def dense(layer: Any, exact_windows: bool, outputs: Any, inputs: jax.Array) -> list[Call]:
+def dense(invocation: Invocation) -> list[Call]:
   """Read Dense and Linear: every vector along the last axis is a row."""
-  del layer, outputs, exact_windows
-  return [Call(KernelLayout(), inputs)]
+  return [Call(KernelLayout(), invocation.inputs)]
 
 
-def dense_general(
-  layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array
-) -> list[Call]:
+def dense_general(invocation: Invocation) -> list[Call]:
   """Read DenseGeneral and LinearGeneral: flatten input and output axes, stack batch axes."""
-  del exact_windows
+  layer, inputs = invocation.layer, invocation.inputs
   # NNX maps the batch axes to their sizes.
   batch = layer.batch_dims if hasattr(layer, "batch_dims") else list(layer.batch_axis)
   batch, feature = (
@@ -40,14 +35,15 @@ def dense_general(
   leading = [axis for axis in range(inputs.ndim) if axis not in (*batch, *feature)]
   h = inputs.transpose(*leading, *batch, *feature)
   h = h.reshape(*h.shape[: len(leading) + len(batch)], -1)
-  counts = len(batch), len(feature), outputs.ndim - len(leading) - len(batch)
+  counts = len(batch), len(feature), invocation.outputs.ndim - len(leading) - len(batch)
   return [Call(_consecutive(*counts), h, stack=len(batch))]
 
 
-def conv(layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array) -> list[Call]:
+def conv(invocation: Invocation) -> list[Call]:
   """Read Conv and ConvLocal: every output position is a row."""
+  layer, inputs = invocation.layer, invocation.inputs
   window = len(np.atleast_1d(layer.kernel_size))
-  rows = math.prod(outputs.shape[:-1])
+  rows = math.prod(invocation.outputs.shape[:-1])
   if not getattr(layer, "shared_weights", True):
     # Every output position has its own kernel and its own statistics.
     layout = _consecutive(window, 1, 1)
@@ -56,22 +52,21 @@ def conv(layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array)
     layout = dataclasses.replace(
       KernelLayout.by_convention(window + 2),
       groups=layer.feature_group_count,
-      exact_windows=exact_windows,
+      exact_windows=invocation.exact_windows,
     )
     h, stack = _dilated(inputs, _per_axis(layer.input_dilation, window)), 0
-    if exact_windows:
+    if invocation.exact_windows:
       h = _windows(layer, inputs, channel_major=False)
   batched = inputs.ndim > window + 1
   return [Call(layout, h, stack, rows, problem=_masked_weights(layer), batched=batched)]
 
 
-def conv_transpose(
-  layer: Any, exact_windows: bool, outputs: jax.Array, inputs: jax.Array
-) -> list[Call]:
+def conv_transpose(invocation: Invocation) -> list[Call]:
   """Read ConvTranspose as a convolution over the inputs with zeros between them."""
+  layer, inputs = invocation.layer, invocation.inputs
   window = len(np.atleast_1d(layer.kernel_size))
   # Circular padding wraps the outputs, so that several windows make one row.
-  exact_windows = exact_windows and layer.padding != "CIRCULAR"
+  exact_windows = invocation.exact_windows and layer.padding != "CIRCULAR"
   layout = dataclasses.replace(KernelLayout.by_convention(window + 2), exact_windows=exact_windows)
   if layer.transpose_kernel:
     layout = dataclasses.replace(layout, feature=layout.output, output=layout.feature)
@@ -79,38 +74,16 @@ def conv_transpose(
     h, rows = _transposed_windows(layer, inputs), None
   else:
     h = _dilated(inputs, _per_axis(layer.strides, window))
-    rows = math.prod(outputs.shape[:-1])
+    rows = math.prod(invocation.outputs.shape[:-1])
   batched = inputs.ndim > window + 1
   return [Call(layout, h, rows=rows, problem=_masked_weights(layer), batched=batched)]
 
 
-def einsum(
-  layer: Any,
-  exact_windows: bool,
-  outputs: jax.Array,
-  inputs: jax.Array,
-  einsum_str: str | None = None,
-) -> list[Call]:
+def einsum(invocation: Invocation) -> list[Call]:
   """Read Einsum: axes of the inputs alone are rows, axes of all three operands are a stack."""
-  del outputs, exact_windows
-  return [equation_call(einsum_str or layer.einsum_str, inputs)]
-
-
-def read(
-  reader: Callable[..., list[Call]],
-  layer: Any,
-  exact_windows: bool,
-  outputs: Any,
-  method: Callable[..., Any],
-  args: tuple[Any, ...],
-  kwargs: Mapping[str, Any],
-) -> list[Call]:
-  """Read ``outputs = method(*args, **kwargs)`` of a layer as one call for each kernel."""
-  arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-  inputs = jnp.asarray(next(iter(arguments.values())))
   # No other argument of a supported layer changes the meaning of its kernel.
-  options = {k: v for k, v in arguments.items() if k == "einsum_str"}
-  return reader(layer, exact_windows, outputs, inputs, **options)
+  equation = invocation.arguments.get("einsum_str") or invocation.layer.einsum_str
+  return [equation_call(equation, invocation.inputs)]
 
 
 def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:

@@ -14,20 +14,27 @@ import numpy as np
 import pytest
 
 from bnp_optax import KernelLayout, _readers
+from bnp_optax._calls import Invocation
 from tests import unrolled
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def read(reader, layer, x, *, exact_windows=False, **kwargs):
+def read(reader, layer, x, *, exact_windows=False):
   """Read one call of a Linen layer; return it with the outputs, the kernel and the bias."""
   rng = np.random.default_rng(1)
   layer = layer.clone(param_dtype=jnp.float64)
   shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
   params = jax.tree.map(lambda p: rng.normal(size=p.shape), shapes)
   outputs = np.asarray(jax.jit(layer.apply)({"params": params}, x))
-  (call,) = reader(layer, exact_windows, outputs, jnp.asarray(x), **kwargs)
+  call = read_arguments(layer, reader, x, exact_windows=exact_windows, outputs=outputs)
   return call, outputs, params["kernel"], params.get("bias")
+
+
+def read_arguments(layer, reader, *args, exact_windows=False, outputs=None, **kwargs):
+  method = inspect.unwrap(type(layer).__call__).__get__(layer)
+  (call,) = reader(Invocation(layer, exact_windows, outputs, method, args, kwargs))
+  return call
 
 
 def normal(*shape):
@@ -116,7 +123,7 @@ def test_einsum(equation, shape, kernel, bias, rows, order):
 )
 def test_einsum_for_which_bnp_is_not_defined(equation, shape, problem):
   layer = nn.Einsum((1,), equation)
-  (call,) = _readers.einsum(layer, None, False, jnp.zeros(shape))
+  call = read_arguments(layer, _readers.einsum, jnp.zeros(shape))
   assert call.problem == f"in {equation!r} {problem}"
 
 
@@ -250,33 +257,29 @@ def test_a_masked_kernel_is_a_problem(reader, layer):
 def test_windows_of_integers_are_floating_point(dtype):
   x = np.random.default_rng(0).integers(0, 2, (2, 5, 3)).astype(dtype)
   layer = nn.Conv(2, (2,), padding="VALID")
-  (call,) = _readers.conv(layer, True, np.zeros((2, 4, 2)), jnp.asarray(x))
+  outputs = np.zeros((2, 4, 2))
+  call = read_arguments(layer, _readers.conv, x, exact_windows=True, outputs=outputs)
   np.testing.assert_array_equal(call.inputs, expected_windows(layer, x, [(0, 0)]))
 
 
 # The arguments of a call.
 
 
-def read_arguments(layer, reader, *args, **kwargs):
-  method = inspect.unwrap(type(layer).__call__).__get__(layer)
-  return _readers.read(reader, layer, False, None, method, args, kwargs)
-
-
 def test_inputs_are_read_by_position_and_by_keyword():
   x = normal(3, 5)
   for args, kwargs in (((x,), {}), ((), {"inputs": x}), ((x.tolist(),), {})):
-    (call,) = read_arguments(nn.Dense(2), _readers.dense, *args, **kwargs)
+    call = read_arguments(nn.Dense(2), _readers.dense, *args, **kwargs)
     np.testing.assert_array_equal(call.inputs, x)
 
 
 def test_the_equation_of_a_call_replaces_that_of_the_layer():
   layer = nn.Einsum((4, 5), "bk,kd->bd")
-  (call,) = read_arguments(layer, _readers.einsum, normal(3, 4))
+  call = read_arguments(layer, _readers.einsum, normal(3, 4))
   assert call.layout == KernelLayout()
-  (call,) = read_arguments(layer, _readers.einsum, normal(3, 5), "bd,kd->bk")
+  call = read_arguments(layer, _readers.einsum, normal(3, 5), "bd,kd->bk")
   assert call.layout == KernelLayout(feature=(1,), output=(0,))
 
 
 def test_complex_inputs_are_a_problem():
-  (call,) = read_arguments(nn.Dense(2), _readers.dense, 1j * normal(3, 5))
+  call = read_arguments(nn.Dense(2), _readers.dense, 1j * normal(3, 5))
   assert call.problem == "BNP is defined for real inputs, found complex128"
