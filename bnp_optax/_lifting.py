@@ -34,7 +34,8 @@ from bnp_optax._trees import Path, flatten
 
 COLLECTION = "intermediates"
 
-_Active = contextvars.ContextVar[Any]
+# The reporter of this thread, or None.
+active: contextvars.ContextVar[Any] = contextvars.ContextVar("linen", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,7 @@ _outer: contextvars.ContextVar[tuple[_Lifted | _AxesOf, ...]] = contextvars.Cont
 )
 
 
-def wrappers(active: _Active) -> Wrappers:
-  """Return the wrappers of Flax's functions, which act where a reporter is active."""
-  return {
-    (lift, "_split_in_out_axes"): lambda original: _split_with_intermediates(original, active),
-    (lift, "pack"): lambda original: _pack_with_statistics(original, active),
-  }
-
-
-def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> Callable[..., Any]:
+def _split_with_intermediates(original: Callable[..., Any]) -> Callable[..., Any]:
   """Return a function that adds the intermediates to the axes of a scan or vmap."""
 
   def split(xs: Mapping[Any, Any]) -> Any:
@@ -93,7 +86,7 @@ def _split_with_intermediates(original: Callable[..., Any], active: _Active) -> 
   return split
 
 
-def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Callable[..., Any]:
+def _pack_with_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
   """Return a function that packs a lifted transform and puts the statistics in order after it."""
 
   def pack(fn: Any, in_filters: Any, out_filters: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,6 +109,13 @@ def _pack_with_statistics(original: Callable[..., Any], active: _Active) -> Call
     return _with_merged_statistics(packed, reporter, lifted.axis)
 
   return pack
+
+
+# The wrappers of Flax's functions, which act where a reporter is active.
+WRAPPERS: Wrappers = {
+  (lift, "_split_in_out_axes"): _split_with_intermediates,
+  (lift, "pack"): _pack_with_statistics,
+}
 
 
 def _with_merged_statistics(
@@ -179,10 +179,7 @@ def _axes_of(function: Callable[..., Any], mapped: Any, scopes: tuple[Scope, ...
 
 
 def leave_observation(a: Observation, axis: int | None) -> Observation:
-  """Return the observation of a whole kernel from one that a transform stacked along axis 0.
-
-  The kernels are stacked along ``axis``; None is for calls of one kernel.
-  """
+  """Return the observation of a whole kernel, as `Reporter.leave` does."""
   length, marker = a.marker.shape[0], a.marker[0]
   if axis is None:
     calls, positions = a.calls * length, a.positions * length

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import inspect
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from bnp_optax import _readers
 from bnp_optax._calls import Call, Invocation, Reader
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
-from bnp_optax._lifting import COLLECTION, refer_to_parameter, wrappers
+from bnp_optax._lifting import COLLECTION, WRAPPERS, active, refer_to_parameter
 from bnp_optax._patching import Patches, Wrappers, activate
 from bnp_optax._recurrence import enter_step, enter_whole, with_index
 from bnp_optax._reporting import Reporter
@@ -46,9 +45,6 @@ _WRAPPERS = tuple(inspect.unwrap(layer.__call__) for layer in (nn.WeightNorm, nn
 
 _RNN = inspect.unwrap(nn.RNN.__call__)
 
-_active: contextvars.ContextVar[Reporter | TapReporter | None] = contextvars.ContextVar(
-  "linen", default=None
-)
 _patches = Patches()
 
 
@@ -137,7 +133,7 @@ def report(
     ValueError: While tracing, if the module has no such kernel, or if shapes do not fit the
       equation. The message names the layer.
   """
-  if (reporter := _active.get()) is not None:
+  if (reporter := active.get()) is not None:
     _report(reporter, module, _own_call(module, kernel, inputs, equation, bias), None)
 
 
@@ -165,21 +161,17 @@ def _report(reporter: Reporter | TapReporter, layer: nn.Module, call: Call, outp
 
 def is_sowing() -> bool:
   """Return True within a context of this thread whose layers sow: `sow_statistics` or `layers`."""
-  return isinstance(_active.get(), Reporter)
+  return isinstance(active.get(), Reporter)
 
 
 @contextlib.contextmanager
 def report_calls(reporter: Reporter | TapReporter) -> Iterator[Reporter | TapReporter]:
-  """Pass every call of a linear layer to ``reporter`` within this context.
-
-  Yields:
-    The reporter of this context: that of an outer one if it covers nested contexts.
-  """
-  if isinstance(outer := _active.get(), Reporter):
+  """Pass the calls of linear layers to a reporter: the outer one if it covers nested contexts."""
+  if isinstance(outer := active.get(), Reporter):
     reporter = outer.nested(reporter)
   # An interceptor gets the inputs before the interceptors inside of it change them.
-  hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **wrappers(_active)}
-  with activate(_active, reporter, reporter.key), _patches.applied(hooks), enter_whole():
+  hooks: Wrappers = {(nn.Module, "_call_wrapped_method"): _report_after, **WRAPPERS}
+  with activate(active, reporter, reporter.key), _patches.applied(hooks), enter_whole():
     yield reporter
 
 
@@ -189,7 +181,7 @@ def _report_after(original: Callable[..., Any]) -> Callable[..., Any]:
   def call_wrapped_method(
     self: nn.Module, fun: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
   ) -> Any:
-    reporter = _active.get()
+    reporter = active.get()
     with enter_step(args) as args:
       return original(self, fun if reporter is None else _with_report(fun, reporter), args, kwargs)
 
@@ -209,7 +201,7 @@ def _with_report(fun: Any, reporter: Reporter | TapReporter) -> Any:
     # Values sown while a wrapper maps the layer's variables are lost. The wrapper reports the
     # inputs in place of the layer.
     wraps_layer = function in _WRAPPERS
-    inner = activate(_active, None, reporter.key) if wraps_layer else contextlib.nullcontext()
+    inner = activate(active, None, reporter.key) if wraps_layer else contextlib.nullcontext()
     with inner:
       outputs = fun(layer, *args, **kwargs)
     read = function
