@@ -114,7 +114,7 @@ class Tapped:
       return self.model.apply(variables, *args, **kwargs)
     counted = {name: x for name, x in kwargs.items() if name != "rngs"}
     params, counts = count_examples(self, variables.get("params", {}), args, counted)
-    reporter = TapReporter(_find_tap, _describe, self.exact_windows, self.example_axes, counts)
+    reporter = self._reporter(counts)
     with report_calls(reporter):
       outputs = self.model.apply({**variables, "params": params}, *args, **kwargs)
     reporter.check()
@@ -123,8 +123,12 @@ class Tapped:
   def _add_taps(self, init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if is_sowing():
       return init(*args, **kwargs)
-    with report_calls(TapReporter(_find_tap, _describe, self.exact_windows)):
+    with report_calls(self._reporter()):
       return init(*args, **kwargs)
+
+  def _reporter(self, *counts: Any) -> TapReporter:
+    settings = self.exact_windows, self.example_axes, *counts
+    return TapReporter(_find_tap, lambda module, _: show_path(module.path), *settings)
 
 
 def _find_tap(module: Any, call: Call, make: Callable[[], Any]) -> Any:
@@ -133,8 +137,3 @@ def _find_tap(module: Any, call: Call, make: Callable[[], Any]) -> Any:
   if not scope.has_variable("params", name) and scope.is_mutable_collection("params"):
     scope.put_variable("params", name, make())
   return scope.get_variable("params", name)
-
-
-def _describe(module: nn.Module, call: Call) -> str:
-  del call
-  return show_path(module.path)
