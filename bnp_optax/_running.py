@@ -180,15 +180,11 @@ class RunningStatistics:
       nonfinite += jnp.sum(~finite, dtype=jnp.int32)
       for field, x, y in zip(fields, new, old, strict=True):
         field[i] = jnp.where(finite, x, y)
-      options = self.eps_relative, self.eps_absolute, self.lag_guard, largest
-      p = make_layer_preconditioner(layer, shape, mean[i], variance[i], batch, *options)
+      p = self.make_preconditioner(layer, shape, mean[i], variance[i], batch, largest)
       preconditioners.append(p if self.scale_layers else p._replace(q=jnp.ones_like(p.q)))
+    fields = map(treedef.unflatten, (mean, variance, weight))
     new_state = ScaleByBnpState(
-      count=optax.safe_increment(state.count),
-      input_mean=treedef.unflatten(mean),
-      input_variance=treedef.unflatten(variance),
-      input_weight=treedef.unflatten(weight),
-      nonfinite_count=nonfinite,
+      optax.safe_increment(state.count), *fields, nonfinite_count=nonfinite
     )
     return new_state, Preconditioners(layers, preconditioners)
 
@@ -214,38 +210,35 @@ class RunningStatistics:
       return _preconditioner.update_statistics(mu, sigma2, mu_H, sigma2_H, rows, one_minus_rho)
     return _preconditioner.update_debiased_statistics(mu, sigma2, W, mu_H, sigma2_H, one_minus_rho)
 
-
-def make_layer_preconditioner(
-  layer: Layer,
-  shape: tuple[int, ...],
-  mean: jax.Array,
-  variance: jax.Array,
-  batch: LayerStatistics,
-  eps_relative: ArrayLike,
-  eps_absolute: ArrayLike,
-  lag_guard: ArrayLike | None,
-  largest: jax.Array,
-) -> Preconditioner:
-  """Take step 3 for one layer whose kernel has a shape; `largest` is that of `find_largest`."""
-  layout, window, dtype = layer.layout, layer.layout.window_size(shape), mean.dtype
-  examples = jnp.maximum(batch.examples, 1)[..., None].astype(dtype)
-  rows = batch.rows[..., None].astype(dtype)
-  p = _preconditioner.make_preconditioner(
-    layout.statistics_to_canonical(mean, shape),
-    layout.statistics_to_canonical(variance, shape),
-    window,
-    layout.scalars_to_canonical(examples),
-    layout.scalars_to_canonical(rows / examples),
-    jnp.asarray(eps_relative, dtype),
-    jnp.asarray(eps_absolute, dtype),
-    largest,
-  )
-  # Without a bias nothing is centred, so that no mean can lag.
-  if lag_guard is None or layer.bias is None:
-    return p
-  mu_H = layout.statistics_to_canonical(batch.mean.astype(dtype), shape)
-  rows, c = layout.scalars_to_canonical(rows), jnp.asarray(lag_guard, dtype)
-  return _preconditioner.guard_against_lag(p, mu_H, window, rows, c)
+  def make_preconditioner(
+    self,
+    layer: Layer,
+    shape: tuple[int, ...],
+    mean: jax.Array,
+    variance: jax.Array,
+    batch: LayerStatistics,
+    largest: jax.Array,
+  ) -> Preconditioner:
+    """Take step 3 for one layer whose kernel has a shape; `largest` is that of `find_largest`."""
+    layout, window, dtype = layer.layout, layer.layout.window_size(shape), mean.dtype
+    examples = jnp.maximum(batch.examples, 1)[..., None].astype(dtype)
+    rows = batch.rows[..., None].astype(dtype)
+    p = _preconditioner.make_preconditioner(
+      layout.statistics_to_canonical(mean, shape),
+      layout.statistics_to_canonical(variance, shape),
+      window,
+      layout.scalars_to_canonical(examples),
+      layout.scalars_to_canonical(rows / examples),
+      jnp.asarray(self.eps_relative, dtype),
+      jnp.asarray(self.eps_absolute, dtype),
+      largest,
+    )
+    # Without a bias nothing is centred, so that no mean can lag.
+    if self.lag_guard is None or layer.bias is None:
+      return p
+    mu_H = layout.statistics_to_canonical(batch.mean.astype(dtype), shape)
+    rows, c = layout.scalars_to_canonical(rows), jnp.asarray(self.lag_guard, dtype)
+    return _preconditioner.guard_against_lag(p, mu_H, window, rows, c)
 
 
 def _check(

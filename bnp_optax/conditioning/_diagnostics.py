@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
-import optax
 
 from bnp_optax._kernels import Layouts, find_layers
 from bnp_optax._layers import plain_table
 from bnp_optax._matching import match_statistics
-from bnp_optax._running import ScaleByBnpState
+from bnp_optax._running import RunningStatistics, ScaleByBnpState
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 from bnp_optax._taps import read_taps
-from bnp_optax._trees import by_kernel, flatten, flatten_masked, is_masked, unboxed
+from bnp_optax._trees import by_kernel, flatten, flatten_masked, unboxed
 from bnp_optax.conditioning._prediction import layer_values
 
 _LARGE_EIGENVALUE = 10.0
@@ -167,14 +166,9 @@ def diagnose(
       "diagnose: there is no state of scale_by_bnp or bnp in the optimizer's state, a tree of "
       f"{jax.tree.structure(state)}."
     )
+  # A layer that is masked has no leaves. It may belong to another optimizer of a partition.
   means, variances, weights = (
-    {
-      path: x
-      for s in states
-      for path, x in flatten(getattr(s, field), optax.MaskedNode)
-      # The layer may belong to another optimizer of a partition.
-      if not is_masked(x)
-    }
+    dict(item for s in states for item in flatten(getattr(s, field)))
     for field in ("input_mean", "input_variance", "input_weight")
   )
   leaves, _ = flatten_masked(params)
@@ -187,16 +181,16 @@ def diagnose(
   present = [layer for layer in preconditioned if layer.path in sown]
   matched = match_statistics(present, leaves, stats) if present else []
   batches = {layer.path: x for layer, x in zip(present, matched, strict=True)}
+  # The decay and the scale of the layers do not matter here.
+  running = RunningStatistics(0.0, eps_relative, eps_absolute, True, lag_guard, True, layers)
   values = [
     layer_values(
+      running,
       layer,
       leaves[layer.kernel].shape,
       means[layer.path],
       variances[layer.path],
       batches.get(layer.path),
-      eps_relative,
-      eps_absolute,
-      lag_guard,
       debias=layer.path in weights,
     )
     for layer in preconditioned

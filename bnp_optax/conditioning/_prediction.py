@@ -11,25 +11,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from bnp_optax import _preconditioner
 from bnp_optax._kernels import Layer
-from bnp_optax._running import make_layer_preconditioner
+from bnp_optax._running import RunningStatistics
 from bnp_optax._statistics import LayerStatistics
 
 _BISECTIONS = 64
 
 
 def layer_values(
+  running: RunningStatistics,
   layer: Layer,
   shape: tuple[int, ...],
   mean: jax.Array,
   variance: jax.Array,
   batch: LayerStatistics | None,
-  eps_1: ArrayLike,
-  eps_2: ArrayLike,
-  lag_guard: ArrayLike | None,
   *,
   debias: bool,
 ) -> dict[str, jax.Array]:
@@ -46,9 +43,7 @@ def layer_values(
   rows = layout.scalars_to_canonical(batch.rows.astype(mean.dtype)[..., None])
   epsilon = max(float(jnp.finfo(x.dtype).eps) for x in (mean, batch.total))
   largest = _preconditioner.find_largest(mu, sigma2, epsilon if debias else 0.0)
-  p = make_layer_preconditioner(
-    layer, shape, mean, variance, batch, eps_1, eps_2, lag_guard, largest
-  )
+  p = running.make_preconditioner(layer, shape, mean, variance, batch, largest)
   copies = layout.window_size(shape) // mu.shape[1]
   stack = len(mu)
   mu, sigma, mu_H, sigma2_H = (x.reshape(stack, -1) for x in (p.mu, p.sigma, mu_H, sigma2_H))
