@@ -163,16 +163,13 @@ def match_state(
     for x, y in ((expected, set(paths)), (paths, set(expected)))
   )
   remedy = 'Call tx.init, or keep a part, as in "A state of another model" in docs/recipes.md'
-  if added or removed:
-    found = [f"lacks {added}"] * bool(added) + [f"has {removed}, which they lack"] * bool(removed)
+  other = [f"lacks {added}"] * bool(added) + [f"has {removed}, which they lack"] * bool(removed)
+  if not other and structure != jax.tree.structure(updates, is_leaf=is_masked):
+    other = [f"has the structure {structure}"]
+  if other:
     raise ValueError(
       "The state was made for other parameters than these gradients: its "
-      f"{field} {' and '.join(found)}. {remedy}."
-    )
-  if structure != jax.tree.structure(updates, is_leaf=is_masked):
-    raise ValueError(
-      f"The state was made for other parameters than these gradients: the structure of its {field} "
-      f"is {structure}. {remedy}."
+      f"{field} {' and '.join(other)}. {remedy}."
     )
   for layer, shape in shapes.items():
     actual = getattr(found[layer.kernel], "shape", None)

@@ -236,7 +236,7 @@ def test_state_for_other_parameters(mlp):
     (lambda p: {**p, "norm": {"scale": jnp.ones(3)}}, "its input_mean has norm, which they lack"),
     (lambda p: {**p, "gain": jnp.ones(3)}, "its input_mean has gain, which they lack"),
     (lambda p: {"first": p["first"], "a": p["second"]}, "lacks second and has a, which they lack"),
-    (lambda p: FrozenDict(p), "the structure of its input_mean is"),
+    (lambda p: FrozenDict(p), "its input_mean has the structure"),
   ],
 )
 def test_a_state_for_other_parameters_names_what_was_added_and_removed(change, match, mlp):
