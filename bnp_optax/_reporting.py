@@ -179,20 +179,18 @@ def call_statistics(
     raise ValueError(
       f"Layer {name}: no rows in its inputs of shape {inputs.shape}: empty batch, or no features?"
     )
+  count = math.prod(example_shape)
   if mask is not None:
     mask = _fit_mask(mask, name, call)
-  if examples is None:
-    examples = math.prod(example_shape)
-    if mask is not None:
+    if examples is None:
       # An example counts if any of its positions does.
       counts = jnp.any(mask, tuple(range(len(example_shape), mask.ndim)))
-      examples = examples // counts.size * jnp.sum(counts)
-  if mask is not None:
+      count = count // counts.size * jnp.sum(counts)
     mask = jnp.broadcast_to(jnp.expand_dims(mask, range(mask.ndim, len(leading))), leading)
     mask = mask_of_step(mask)
   statistics = layer_statistics(
     inputs,
-    examples=examples,
+    examples=count if examples is None else examples,
     rows=math.prod(call.leading) if call.rows is None else call.rows,
     mask=mask,
     stack=call.stack,
