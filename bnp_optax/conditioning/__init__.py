@@ -10,11 +10,7 @@ layer of a model. `diagnose` reports the condition of each layer during training
 
 from bnp_optax.conditioning._diagnostics import Diagnostics, diagnose, heat_map
 from bnp_optax.conditioning._hessian import unit_curvature, unit_hessian
-from bnp_optax.conditioning._matrices import (
-  PreconditionerFactors,
-  hidden_matrix,
-  preconditioner,
-)
+from bnp_optax.conditioning._matrices import PreconditionerFactors, hidden_matrix, preconditioner
 from bnp_optax.conditioning._spectrum import condition_number
 from bnp_optax.conditioning._survey import LayerSurvey, Survey, survey
 

@@ -271,13 +271,10 @@ def _record(_: Any, call: Call) -> _Matrix | None:
   return _Matrix(h, call.kernel)
 
 
-def _concatenate(a: _Matrix, b: _Matrix) -> _Matrix:
-  """Merge the rows of two calls of a layer."""
-  return dataclasses.replace(a, H=jnp.concatenate([a.H, b.H], axis=-2))
-
-
 _MATRICES = Reporter(
-  *(_record, _concatenate, True),
+  _record,
+  merge=lambda a, b: dataclasses.replace(a, H=jnp.concatenate([a.H, b.H], -2)),
+  exact_windows=True,
   leave=lambda a, axis: dataclasses.replace(a, H=jnp.concatenate(a.H, -2)) if axis is None else a,
   covers_nested=True,
 )
