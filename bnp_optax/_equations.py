@@ -146,10 +146,7 @@ def own_call(
 def equation_reader(
   equation: Equation, kernel: str, bias: str | None, call: Callable[..., Call]
 ) -> Reader:
-  """Return the reader of a registered class.
-
-  It makes its calls by ``call(layer, kernel, inputs, equation, bias)``.
-  """
+  """Return a reader whose calls are ``call(layer, kernel, inputs, equation, bias)``."""
 
   def read(invocation: Invocation) -> list[Call]:
     layer = invocation.layer

@@ -19,7 +19,7 @@ def check_inner(
   started, state = jax.make_jaxpr(inner.init, return_shape=True)(params)
   nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByLBFGSState))
   lbfgs = any(isinstance(x, optax.ScaleByLBFGSState) for x in nodes)
-  if lbfgs or any(_dependencies(started.jaxpr)):
+  if lbfgs or _reads_inputs(started.jaxpr):
     raise ValueError(
       "bnp: the inner optimizer keeps a copy of the parameters (as schedule_free, lookahead, "
       "prodigy, dog and lbfgs do). BNP's coordinates z = P^-1 theta move with the statistics, and "
@@ -138,10 +138,10 @@ def _value_of(constant: Any) -> _Value:
   return "nonzero" if isinstance(constant, jax.Array) or np.any(constant) else "zero"
 
 
-def _dependencies(jaxpr: Any) -> list[set[int]]:
-  """Return, for each output of a jaxpr, the numbers of the inputs that it depends on."""
-  inputs = {id(x): {i} for i, x in enumerate(jaxpr.invars)}
+def _reads_inputs(jaxpr: Any) -> bool:
+  """Return whether an output of a jaxpr depends on an input."""
+  dependent = {*map(id, jaxpr.invars)}
   for equation in jaxpr.eqns:
-    found = set[int]().union(*(inputs.get(id(x), ()) for x in equation.invars))
-    inputs.update((id(x), found) for x in equation.outvars)
-  return [inputs.get(id(x), set()) for x in jaxpr.outvars]
+    if dependent.intersection(map(id, equation.invars)):
+      dependent.update(map(id, equation.outvars))
+  return not dependent.isdisjoint(map(id, jaxpr.outvars))

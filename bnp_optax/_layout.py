@@ -82,12 +82,9 @@ calls=(), bias='bias')
     """Return the layout of Flax's Dense and Conv: window first, features at -2, outputs at -1."""
     return cls(window=tuple(range(ndim - 2)), feature=(ndim - 2,), output=(ndim - 1,))
 
-  def _sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-    stack, window, feature, output = (
-      math.prod(shape[axis] for axis in axes)
-      for axes in (self.stack, self.window, self.feature, self.output)
-    )
-    return stack, window, feature, output
+  def _sizes(self, shape: Sequence[int]) -> list[int]:
+    roles = (self.stack, self.window, self.feature, self.output)
+    return [math.prod(shape[axis] for axis in axes) for axes in roles]
 
   @property
   def _permutation(self) -> tuple[int, ...]:

@@ -78,10 +78,7 @@ class Owner(NamedTuple):
 
   @classmethod
   def of(cls, module: Any, name: str, ndim: int, others: Mapping[str, Any]) -> "Owner":
-    """Return the owner of the parameter that a module has under a name.
-
-    ``others`` has the classes whose parameter of a name is not the kernel of a linear layer.
-    """
+    """Return the owner of a module's parameter; ``others`` is `_OTHERS` of the framework."""
     # nn.WeightNorm names its parameters after the kernels that it scales.
     other = isinstance(module, others.get(name.rpartition("/")[-1], ()))
     return cls(type(module).__name__, ndim, not other)

@@ -131,7 +131,8 @@ def apply_transpose(
   if g_b is None:
     return _scaled(scale, g_w), None
   # Scale, then centre. In the other order XLA computes z_w twice and keeps g_w as well.
-  z_w = _column(scale, g_w) * _matrix(g_w) - _column(p.mu * scale, g_w) * _broadcast(g_b, g_w)
+  b = _matrix(jnp.broadcast_to(g_b[:, None, None, :], g_w.shape))
+  z_w = _column(scale, g_w) * _matrix(g_w) - _column(p.mu * scale, g_w) * b
   return z_w.reshape(g_w.shape), g_b / p.q[..., 0]
 
 
@@ -179,11 +180,6 @@ def _column(v: jax.Array, w: jax.Array) -> jax.Array:
 
 def _scaled(scale: jax.Array, w: jax.Array) -> jax.Array:
   return (_column(scale, w) * _matrix(w)).reshape(w.shape)
-
-
-def _broadcast(b: jax.Array, w: jax.Array) -> jax.Array:
-  """Broadcast a number for each output over the inputs in the matrix of ``w``."""
-  return _matrix(jnp.broadcast_to(b[:, None, None, :], w.shape))
 
 
 def _sum(v: jax.Array, w: jax.Array) -> jax.Array:

@@ -270,10 +270,7 @@ def merge_call_axes(a: LayerStatistics, axes: tuple[int, ...]) -> LayerStatistic
 def leave_transform(
   a: LayerStatistics | NoStatistics, axis: int | None
 ) -> LayerStatistics | NoStatistics:
-  """Return the statistics of a whole kernel from those that a transform stacked along axis 0.
-
-  The kernels are stacked along ``axis``; None is for calls of one kernel.
-  """
+  """Return the statistics of a whole kernel, as `Reporter.leave` does."""
   if isinstance(a, NoStatistics):
     return a
   if axis is None:

@@ -140,10 +140,11 @@ def count_examples(
       f"refers to. The arguments are {[*named]}."
     )
   arguments = named.values() if batch_argument is None else (named[batch_argument],)
-  leaves = [x for x in jax.tree.leaves([*arguments]) if is_array(x)]
+  leaves = [
+    x for x in jax.tree.leaves([*arguments]) if is_array(x) and len(x.shape) >= example_axes
+  ]
   # Not a random key, which has a dtype of its own.
-  leaves = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-  arrays = [x for x in leaves if jnp.ndim(x) >= example_axes]
+  arrays = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
   if not arrays:
     raise ValueError(
       f"Tapped: no argument has {example_axes} leading axes that count examples. Call the model on "
