@@ -182,9 +182,12 @@ class RunningStatistics:
         field[i] = jnp.where(finite, x, y)
       p = self.make_preconditioner(layer, shape, mean[i], variance[i], batch, largest)
       preconditioners.append(p if self.scale_layers else p._replace(q=jnp.ones_like(p.q)))
-    fields = map(treedef.unflatten, (mean, variance, weight))
     new_state = ScaleByBnpState(
-      optax.safe_increment(state.count), *fields, nonfinite_count=nonfinite
+      count=optax.safe_increment(state.count),
+      input_mean=treedef.unflatten(mean),
+      input_variance=treedef.unflatten(variance),
+      input_weight=treedef.unflatten(weight),
+      nonfinite_count=nonfinite,
     )
     return new_state, Preconditioners(layers, preconditioners)
 
