@@ -599,6 +599,13 @@ def test_diagnose_needs_a_state_of_bnp():
     conditioning.diagnose({"kernel": jnp.ones((2, 2))}, optax.sgd(0.1).init({}), {})
 
 
+def test_diagnose_refuses_settings_out_of_range():
+  params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+  state = bnp_optax.scale_by_bnp().init(params)
+  with pytest.raises(ValueError, match=r"eps_relative must be in \[0, inf\), got -1"):
+    conditioning.diagnose(params, state, {}, eps_relative=-1)
+
+
 def test_every_layer_of_a_model_that_two_optimizers_share_is_diagnosed():
   params, batch = problems.make(problems.MLP(), (8, 5))
   grads, stats = problems.grads_and_stats(problems.MLP(), params, batch)

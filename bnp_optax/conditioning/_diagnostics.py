@@ -157,7 +157,8 @@ def diagnose(
     A pytree of arrays ``[layers]`` for the layers that BNP preconditions.
 
   Raises:
-    ValueError: While tracing, if there is no state of BNP in `state`, or if it does not fit.
+    ValueError: While tracing, if there is no state of BNP in `state`, if it does not fit, or if a
+      setting is out of range.
   """
   leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, ScaleByBnpState))
   states = [x for x in leaves if isinstance(x, ScaleByBnpState)]
