@@ -156,7 +156,7 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
         "statistics would be attributed to one of them: share the module instead of the Param."
       )
     problem = call.problem
-    if isinstance(raw := kernel.get_raw_value(), jax.Array) and kernel.get_value() is not raw:
+    if _changes_value(kernel):
       problem = "its kernel is a function of its parameter, because the Param changes its value"
     call = dataclasses.replace(call, shape=kernel.shape, problem=problem)
     return reporter.report(module, Statistics, call, outputs)
@@ -169,6 +169,12 @@ def report_calls(reporter: Reporter | TapReporter) -> Iterator[None]:
   active = (report, reporter)
   with activate(_active, active, reporter.key), _patches.applied(methods), enter_whole():
     yield
+
+
+def _changes_value(kernel: Any) -> bool:
+  """Return True for a Variable whose value is a function of the array that it stores."""
+  stored = kernel.get_raw_value() if isinstance(kernel, nnx.Variable) else None
+  return isinstance(stored, jax.Array) and kernel.get_value() is not stored
 
 
 def _reporting_method(

@@ -168,10 +168,9 @@ def layers(
   graph, state = nnx.split(model)
 
   def record(module: nnx.Module, call: Call) -> Observation | None:
-    # A kernel that is another kind of Variable is not trained.
-    return (
-      observe_call(module, call) if isinstance(getattr(module, call.kernel), nnx.Param) else None
-    )
+    # A kernel that is an array, or another kind of Variable, is frozen.
+    trained = isinstance(getattr(module, call.kernel), nnx.Param)
+    return observe_call(module, call) if trained else None
 
   def trace(state: Any, arrays: list[Any]) -> Any:
     model, (args, kwargs) = nnx.merge(graph, state), rebuild(arrays)

@@ -725,11 +725,19 @@ def test_a_param_that_changes_its_value_is_refused():
     tx.update(params, tx.init(params), stats=stats)
 
 
-def test_layers_that_another_type_of_variable_freezes():
-  class Frozen(nnx.Variable):
-    pass
+class Frozen(nnx.Variable):
+  """A parameter that is not trained."""
 
+
+@pytest.mark.parametrize("freeze", [Frozen, jnp.asarray])
+def test_layers_that_are_frozen_by_the_type_of_their_parameters(freeze):
   body, head = nnx.Linear(5, 4, rngs=rngs()), nnx.Linear(4, 2, rngs=rngs())
-  body.kernel, body.bias = Frozen(body.kernel[...]), Frozen(body.bias[...])
-  layers = bnp_optax.nnx.layers(nnx.Sequential(body, head), jnp.ones((3, 5)), strict=True)
+  body.kernel, body.bias = freeze(body.kernel[...]), freeze(body.bias[...])
+  model, x = nnx.Sequential(body, head), jnp.ones((3, 5))
+  layers = bnp_optax.nnx.layers(model, x, strict=True)
   assert [entry.path for entry in layers.entries] == [("layers", "1", "kernel")]
+  with sow_statistics():
+    _, stats = nnx.capture(model, Statistics)(x)
+  params, tx = nnx.state(model, nnx.Param), bnp_optax.scale_by_bnp(layers=layers)
+  updates, _ = tx.update(params, tx.init(params), stats=stats)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
