@@ -1,6 +1,9 @@
 """Tests of the figures: the axes show the runs."""
 
+import dataclasses
+
 from bnp_experiments import figures, methods
+from bnp_experiments.catalogue import EXPERIMENTS
 from bnp_experiments.outcomes import Outcome
 from matplotlib import pyplot as plt
 import numpy as np
@@ -53,3 +56,15 @@ def test_the_axis_of_losses_is_logarithmic_over_a_wide_range():
   assert low <= 0.001
   assert high >= 0.3
   assert (scale, note) == ("log", "")
+
+
+@pytest.mark.parametrize(
+  ("batch_sizes", "shown"), [((512, 60), [60, 512]), ((1, 2, 6, 60, 512), [1, 6, 60])]
+)
+def test_the_picture_of_rates_has_a_column_for_each_of_a_few_batch_sizes(batch_sizes, shown):
+  experiment = dataclasses.replace(EXPERIMENTS["batch-sizes-fc"], batch_sizes=batch_sizes)
+  figure = figures._rates(experiment, [])
+  plt.close(figure)
+  titles = [axes.get_title(loc="left") for axes in figure.axes]
+  columns = [f"batch size {size}" for size in shown]
+  assert titles == columns * len(experiment.panel_methods)
