@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from bnp_optax._layout import KernelLayout
 from bnp_optax._recurrence import leading_of_sequences
 
-# The names under which layers sow begin with it.
-PREFIX = "layer_statistics"
+PREFIX = "layer_statistics"  # The names under which layers sow begin with it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,5 +70,4 @@ class Invocation(NamedTuple):
     return jnp.asarray(next(iter(self.arguments.values())))
 
 
-# Returns the calls of a layer, one for each kernel.
-Reader = Callable[[Invocation], list[Call]]
+Reader = Callable[[Invocation], list[Call]]  # Returns the calls of a layer, one for each kernel.

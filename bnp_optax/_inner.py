@@ -113,7 +113,10 @@ def _results(equation: Any, operands: list[_Value]) -> list[_Value]:
     branches = [_values(branch, operands[1:]) for branch in settings["branches"]]
     return [_sum(results) for results in zip(*branches, strict=True)]
   if name == "jit":
-    return operands[:1] if settings["name"] == "clip" else _values(settings["jaxpr"], operands)
+    # jnp.clip keeps zeros; what it consists of, a maximum and a minimum, may not.
+    shapes = [x.aval.shape for x in equation.outvars]
+    clips = settings["name"] == "clip" and shapes == [equation.invars[0].aval.shape]
+    return operands[:1] if clips else _values(settings["jaxpr"], operands)
   if name in _SUMS:
     result = _sum(operands[name == "select_n" :])
   elif name == "integer_pow" and settings["y"] <= 0:

@@ -42,10 +42,10 @@ active: contextvars.ContextVar[Any] = contextvars.ContextVar("linen", default=No
 class _Lifted:
   """A scan or vmap."""
 
-  # Axis of the parameters along which it stacks layers; None if it repeats calls of one.
-  axis: int | None
+  axis: int | None  # Axis of the parameters that stacks layers; None if it repeats calls of one.
   added: bool  # Whether it returns the intermediates only for BNP.
   own: bool  # Whether its variable_axes have an axis for the intermediates.
+  known: bool  # Whether the number of examples in a call within it is that of the loss.
 
 
 # A function of a path under a map_variables: for each axis of the kernel, the axis of the parameter
@@ -80,7 +80,7 @@ def _split_with_intermediates(original: Callable[..., Any]) -> Callable[..., Any
     # examples: their number is then not that of the layers' inputs.
     known = not axes or axes[0] is not None or reporter.fixed_examples
     added = known and not own
-    _lifted.set(_Lifted(axes[0] if axes else None, added, own=any(x is not None for x in own)))
+    _lifted.set(_Lifted(axes[0] if axes else None, added, any(x is not None for x in own), known))
     return original({**xs, COLLECTION: Out(0)} if added else xs)
 
   return split
@@ -207,6 +207,8 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
       "of nested nn.scan or nn.vmap only the inner one has the intermediates in variable_axes: "
       "leave them out there"
     )
+  elif any(x.own and not x.known for x in transforms):
+    problem = "nn.vmap shares it and may map examples: pass sow_statistics(examples=...)"
   for transform in reversed(_outer.get()):
     if isinstance(transform, _Lifted):
       continue

@@ -18,8 +18,7 @@ from bnp_optax._layout import KernelLayout
 
 # The name of a mapped axis, or the names of several.
 AxisName = str | tuple[str, ...]
-# Nonzero for the positions that count.
-Mask = jax.typing.ArrayLike | None
+Mask = jax.typing.ArrayLike | None  # Nonzero for the positions that count.
 
 TWO_MEANINGS = "it is called with two different meanings of its kernel's axes"
 

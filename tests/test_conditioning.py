@@ -107,6 +107,13 @@ def test_estimate_for_2048_inputs():
   assert values.max() / values.min() <= value / (1 - error)
 
 
+def test_the_error_is_the_bound_of_kuczynski_and_wozniakowski():
+  """Theirs is exceeded with probability 1.648 sqrt(n) exp(-sqrt(error) (2 k - 1)), k = 64 steps."""
+  _, error = estimate_condition_number(np.diag(np.linspace(1, 2, 600)), 1e-12)
+  probability = 1.648 * 600**0.5 * np.exp(-(error**0.5) * 127)
+  np.testing.assert_allclose(probability, 1e-6, rtol=1e-9)
+
+
 def test_estimate_is_exact_for_a_singular_matrix():
   values = np.r_[np.linspace(1, 3, 398), 0, 0]
   value, error = estimate_condition_number(with_singular_values(values, 500, 0), 1e-10)
@@ -387,6 +394,15 @@ def test_survey_agrees_with_the_explicit_matrices():
   assert (head.rows, head.inputs, head.error) == (6, 3, 0.0)
 
 
+def test_survey_states_the_error_of_the_estimate_with_bnp():
+  """H is singular to within float32, and therefore exact; H P is regular, and an estimate."""
+  model, x = nn.Dense(1), jnp.asarray(normal(900, 400, mean=1e4), jnp.float32)
+  (layer,) = conditioning.survey(model, model.init(jax.random.key(0), x), x).layers
+  assert layer.before > 1e5
+  assert layer.after < 20
+  assert 0 < layer.error < 0.025
+
+
 def test_survey_names_what_is_not_covered():
   table = bnp_optax.linen.layers(
     nn.Conv(2, (2,), mask=jnp.ones((2, 3, 2)), **F64), jnp.ones((1, 5, 3))
@@ -507,6 +523,28 @@ def test_a_lagging_mean_is_found():
   assert 1 + n * lag**2 < diagnostics.largest_eigenvalue[0] < 2 + n * lag**2
 
 
+@pytest.mark.parametrize(
+  ("bias", "change"),
+  [(True, lambda x: 20 * x + 0.1), (False, lambda x: 20 * x), (False, lambda x: x + 20)],
+)
+def test_inputs_that_are_larger_than_before_are_found(bias, change):
+  """Their means hardly lag. Without a bias, a second moment takes the place of a variance."""
+  signs = np.sign(normal(128, 8))
+  x = jnp.asarray(np.concatenate([signs, -signs]))
+  params = {"kernel": jnp.ones((8, 4))} | ({"bias": jnp.ones(4)} if bias else {})
+  before, after = (
+    {"layer_statistics": bnp_optax.layer_statistics(x, examples=256, rows=256)}
+    for x in (x, change(x))
+  )
+  tx = bnp_optax.scale_by_bnp()
+  _, state = tx.update(params, tx.init(params), stats=before)
+  assert conditioning.diagnose(params, state, before).notes() == [""]
+  diagnostics = conditioning.diagnose(params, state, after)
+  (note,) = diagnostics.notes()
+  assert note == "a variance or second moment is 4e+02 times the preconditioner's"
+  np.testing.assert_allclose(diagnostics.variance_ratio, 400, rtol=0.05)
+
+
 def test_a_layer_without_statistics_is_found():
   _, params, state, stats = run(normal(N, 5))
   diagnostics = diagnose(params, state, {"first": stats["first"]})
@@ -517,6 +555,9 @@ def test_a_layer_without_statistics_is_found():
 
 def test_statistics_that_are_not_finite_are_found():
   diagnostics, *_ = run(changed(2, np.inf))
+  assert diagnostics.notes()[0] == "its statistics are not finite"
+  # Values whose mean is finite and whose variance is not.
+  diagnostics, *_ = run(np.where(np.arange(N)[:, None] % 2, 1e200, -1e200) * np.ones((N, 5)))
   assert diagnostics.notes()[0] == "its statistics are not finite"
 
 

@@ -41,6 +41,19 @@ def then_decay(function, mask=kernels):
   )
 
 
+@jax.jit
+def clip(limit, updates):
+  """Clip a tree. It has the name of `jnp.clip`, but other arguments and results."""
+  return jax.tree.map(lambda g: jnp.clip(g, -limit, limit), updates)
+
+
+def scale_by_value():
+  def update(updates, state, params=None, *, value, **_):
+    return jax.tree.map(lambda g: value * g, updates), state
+
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
 @pytest.mark.parametrize(
   ("inner", "match"),
   [
@@ -155,6 +168,8 @@ def test_a_decay_of_kernels_after_steps_that_are_zero_without_a_gradient(inner, 
     optax.partition({"kernel": optax.contrib.muon(0.1), "bias": optax.lion(0.1)}, PARTS),
     optax.chain(optax.masked(optax.adaptive_grad_clip(0.03), kernels), optax.sgd(0.1)),
     optax.noisy_sgd(0.1, key=0),
+    optax.chain(optax.stateless(lambda g, _: clip(1.0, g)), optax.sgd(0.1)),
+    optax.chain(optax.masked(scale_by_value(), kernels), optax.sgd(0.1)),
   ],
 )
 def test_both_alike(inner, mlp):

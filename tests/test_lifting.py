@@ -342,6 +342,18 @@ def test_vmap_with_shared_parameters():
   chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
+def test_vmap_with_shared_parameters_that_names_the_intermediates():
+  """Each call has one example. The number of the loss is unknown without `examples`."""
+  axes = {"params": None, "intermediates": 0}
+  over = nn.vmap(nn.Dense, variable_axes=axes, split_rngs={"params": False})
+  model, x = nn.Sequential([over(2)]), uniform(N, D)
+  with pytest.raises(ValueError, match=r"layers_0: nn.vmap shares it .*\(examples=\.\.\.\)"):
+    update(model, init(model, x), x)
+  params = init(model, x)
+  expected = update(nn.Sequential([nn.Dense(2)]), params, x)
+  chex.assert_trees_all_close(update(model, params, x, examples=N), expected, rtol=1e-5)
+
+
 # It changes nothing else.
 
 

@@ -47,9 +47,10 @@ class Diagnostics:
     kappa_D: :math:`\kappa(D)` of the preconditioner's :math:`D = \mathrm{diag}(1, 1/\tilde\sigma)`.
     lag: Distance of the running mean from that of the batch, in standard deviations: the root mean
       square of :math:`\delta = (\mu_H - \mu) / \tilde\sigma` over the features.
-    variance_ratio: The largest :math:`\sigma_H^2 / \tilde\sigma^2`. Above 1, the running variance
-      is too small for this batch. Well below 1 with ``debias=False``, it is still decreasing from
-      its initial value of 1, and the layer's steps will grow by the inverse factor.
+    variance_ratio: The largest :math:`\sigma_H^2 / \tilde\sigma^2`, with the second moment in place
+      of :math:`\sigma_H^2` where there is no bias. Above 1, P is too large for this batch. Well
+      below 1 with ``debias=False``, the running variance is still decreasing from its initial value
+      of 1, and the layer's steps will grow by the inverse factor.
     largest_eigenvalue: Predicted largest eigenvalue of
       :math:`P^T \hat H^T \hat H P / \text{rows}` for uncorrelated features. With a bias, it is 1 if
       the running statistics equal those of the batch, and a lag alone makes it :math:`1 + n
@@ -81,7 +82,7 @@ class Diagnostics:
 
     A note reports missing statistics, statistics that are not finite, more than half of the inputs
     dead, an outlier above 1e4, a largest eigenvalue above 10 times 1 + inputs / rows (its value
-    under the sampling noise of a batch's mean), an improvement below 1, and a guard that divides
+    under the sampling noise of a batch's mean), an improvement below 0.99, and a guard that divides
     the step by more than 2, or that acts in more than half of several steps.
     """
     guarded = np.mean(np.atleast_2d(self.guard) > 1, axis=0).tolist()
@@ -257,13 +258,14 @@ def _note(x: Diagnostics, guarded: float) -> str:
   if x.largest_eigenvalue > _LARGE_EIGENVALUE * (1 + x.inputs / x.rows):
     if x.inputs * x.lag**2 > x.variance_ratio:
       notes.append(f"the running mean is {x.lag:.2g} deviations behind")
-    # Without a bias, the mean that is not centred makes the eigenvalue large.
-    elif 2 * x.variance_ratio > _LARGE_EIGENVALUE:
-      notes.append(f"a variance is {x.variance_ratio:.2g} times the preconditioner's")
+    elif 2 * x.variance_ratio > _LARGE_EIGENVALUE:  # Without a bias, uncentred means count too.
+      notes.append(
+        f"a variance or second moment is {x.variance_ratio:.2g} times the preconditioner's"
+      )
   if x.guard > _LARGE_GUARD:
     notes.append(f"the guard divides the step by {x.guard:.2g}")
   elif _FREQUENT_GUARD < guarded < 1:
     notes.append(f"the guard acts in {guarded:.0%} of the steps: lower the learning rate")
-  if x.improvement < 1:
+  if x.improvement < 0.99:
     notes.append("BNP raises the condition number")
   return "; ".join(notes)

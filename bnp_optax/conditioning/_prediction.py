@@ -62,7 +62,7 @@ def layer_values(
     "spread": widest / narrowest,
     "outlier": widest / jnp.nanmedian(jnp.where(alive, sigma2_H, jnp.nan), axis=-1),
     "lag": jnp.sqrt(jnp.mean(delta**2, axis=-1)) if bias else jnp.zeros(stack, mean.dtype),
-    "variance_ratio": jnp.max(ratio, axis=-1),
+    "variance_ratio": jnp.max(ratio if bias else ratio + delta**2, axis=-1),
     "largest_eigenvalue": after[0],
     "q2": p.q[:, 0, 0] ** 2,
     "guard": jnp.ones(stack, mean.dtype) if p.guard is None else p.guard[:, 0, 0],

@@ -68,7 +68,7 @@ def rounding(array: np.ndarray) -> float:
 class Estimate(NamedTuple):
   """A lower bound of a condition number, up to rounding, and its error.
 
-  The condition number is at most ``value / (1 - error)``, except for one in a million random
+  The condition number is at most ``value / (1 - error)``, except for two in a million random
   starts. The error is 0 if it was computed exactly.
   """
 
@@ -135,8 +135,7 @@ def _largest_eigenvalue(
     if beta <= np.finfo(np.float64).eps * max(diagonal):
       break
     off_diagonal.append(beta)
-  off_diagonal = off_diagonal[: len(diagonal) - 1]
-  ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off_diagonal, -1))
+  ritz = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off_diagonal[: len(diagonal) - 1], -1))
   return float(ritz.max())
 
 
@@ -148,8 +147,7 @@ def _ratio(singular_values: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _check_finite(array: np.ndarray) -> None:
-  if not np.all(np.isfinite(array)):
-    count = np.sum(~np.isfinite(array))
+  if count := np.sum(~np.isfinite(array)):
     raise ValueError(
       f"{count} of {array.size} entries of the matrix are not finite: it has no condition number."
     )

@@ -41,7 +41,7 @@ class Survey:
   """The effect of BNP on each layer of a model. Printed, it is a table.
 
   A condition number with an error of 2 % is at least the number given and at most 2 % more, except
-  for one in a million random starts of Lanczos' method. A number without an error is exact.
+  for two in a million random starts of Lanczos' method. A number without an error is exact.
 
   Attributes:
     layers: The layers.
