@@ -113,6 +113,7 @@ OTHERS = {
 
 
 # Orbax leaves the reads of the other arrays to the garbage collector.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("other", OTHERS)

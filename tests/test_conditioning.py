@@ -153,6 +153,7 @@ class Block(nn.Module):
     return nn.Dense(3, name="dense", **F64)(x), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("layer", "shape"),
   [
@@ -193,6 +194,7 @@ def test_hidden_matrix_of_repeated_calls(model):
   np.testing.assert_allclose(H, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
   ("strides", "padding", "dilation"), [(1, "SAME", 2), (2, "VALID", 1), (2, [(0, 1), 1], 2)]
@@ -303,6 +305,7 @@ def test_errors_of_unit_curvature():
     conditioning.unit_curvature(lambda p: jnp.sum(x @ p["kernel"]), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
 @pytest.mark.parametrize(
   ("over", "times"),
@@ -367,6 +370,7 @@ class Narrow(nn.Module):
     return nn.Dense(2, name="head", **F64)(x.mean(axis=1))
 
 
+@pytest.mark.slow
 def test_survey_agrees_with_the_explicit_matrices():
   model, x = Narrow(), jnp.asarray(np.random.default_rng(0).normal(1, [1, 10, 0.1, 1], (6, 5, 4)))
   variables = {"params": random_params(model, x)}
@@ -413,6 +417,7 @@ def test_survey_names_what_is_not_covered():
   assert shown[3].startswith("kernel: its kernel is masked")
 
 
+@pytest.mark.slow
 def test_survey_of_layers_that_count_examples_differently():
   class Tokens(nn.Module):
     @nn.compact
@@ -476,6 +481,7 @@ def test_a_healthy_layer_has_no_notes():
   np.testing.assert_array_equal(diagnostics.q2, [1, 1])
 
 
+@pytest.mark.slow
 def test_a_healthy_layer_without_bias_has_no_notes():
   """Its mean is not centred, which makes the largest eigenvalue large."""
   params = {"kernel": jnp.ones((64, 4))}
@@ -523,6 +529,7 @@ def test_a_lagging_mean_is_found():
   assert 1 + n * lag**2 < diagnostics.largest_eigenvalue[0] < 2 + n * lag**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("bias", "change"),
   [(True, lambda x: 20 * x + 0.1), (False, lambda x: 20 * x), (False, lambda x: x + 20)],
@@ -561,6 +568,7 @@ def test_statistics_that_are_not_finite_are_found():
   assert diagnostics.notes()[0] == "its statistics are not finite"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 def test_predictions_are_exact_for_uncorrelated_features(bias):
   """Extreme eigenvalues and the improvement, against H itself; with a dead feature or two."""
@@ -719,6 +727,7 @@ def test_a_survey_takes_both_passes_from_the_same_state():
   np.testing.assert_allclose(layer.after, conditioning.condition_number(H @ (U @ D)[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_hessian_with_a_bias_that_has_axes_of_size_1():
   """As in Equinox's convolutions: `[output, 1, 1]`, a weight of `[output, feature, *window]`."""
   rng = np.random.default_rng(0)
@@ -739,6 +748,7 @@ def test_the_hessian_with_a_bias_that_has_axes_of_size_1():
   np.testing.assert_allclose(hessian[0, 0], expected, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debias", [False, True])
 def test_rows_that_are_equal_have_the_preconditioner_of_the_step(debias):
   params = {"kernel": jnp.ones((5, 4)), "bias": jnp.zeros(4)}

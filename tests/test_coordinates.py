@@ -45,6 +45,7 @@ def train(tx, params, batches, model):
   return trajectory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [problems.MLP(), problems.CNN()], ids=["mlp", "cnn"])
 def test_bnp_of_sgd_equals_the_chain(model):
   shape = (8, 5) if isinstance(model, problems.MLP) else (2, 8, 8, 3)
@@ -176,6 +177,7 @@ def test_an_inner_optimizer_that_keeps_parameters_is_refused(inner):
     jax.eval_shape(bnp_optax.bnp(inner, debias=False).init, params)
 
 
+@pytest.mark.slow
 def test_a_line_search_goes_after_bnp():
   """Inside, it would evaluate the loss at z; after BNP, it finds a rate in theta."""
   model = problems.MLP()

@@ -143,6 +143,7 @@ def test_several_feature_axes(shape):
   chex.assert_trees_all_close(actual, plain["kernel"], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7, 2, 3, 5), (4, 4, 4, 4)])
 def test_stacked_experts(shape):
   model, x, params = with_params((Experts(4), shape))

@@ -178,6 +178,7 @@ def test_rows_that_start_alike_do_not_multiply_rounding(rows):
     assert jnp.max(jnp.abs(updates[name]["kernel"])) <= 0.1
 
 
+@pytest.mark.slow
 def test_equal_rows_in_batches_of_different_sizes():
   """Their products differ by rounding, which exceeds that of a mean where terms cancel."""
   row = jax.random.normal(jax.random.key(0), (784,))
@@ -231,6 +232,7 @@ def test_inputs_whose_deviation_is_near_their_rounding(scale):
   assert losses[-1] < 0.2 * losses[0]
 
 
+@pytest.mark.slow
 def test_float64_parameters_with_float32_inputs():
   with jax.enable_x64(True):
     x = 1e3 + np.random.default_rng(0).normal(size=(64, 3))
@@ -305,6 +307,7 @@ def guarded(inner=None, c=2.0):
   return bnp_optax.bnp(inner, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [problems.MLP(), problems.CNN()], ids=["mlp", "cnn"])
 @pytest.mark.parametrize("inner", [None, optax.sgd(1.0), optax.scale_by_sign()])
 def test_the_guard_divides_the_step_of_each_layer(model, inner):

@@ -106,6 +106,7 @@ def distance(tree, other):
   return np.linalg.norm(flat(tree) - flat(other)) / np.linalg.norm(flat(other))
 
 
+@pytest.mark.slow
 def test_one_device_takes_the_steps_of_the_paper():
   """The other tests compare many devices with these steps."""
 
@@ -125,6 +126,7 @@ def test_one_device_takes_the_steps_of_the_paper():
     assert distance(actual, expected) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("engine", "devices", "dtype"),
   [
@@ -185,6 +187,7 @@ def statistics_on_devices(loss_fn, params, batch, devices=8):
   return jax.jit(run)(params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_fn", [global_loss_fn, summed_loss_fn])
 def test_statistics_over_devices_are_those_of_the_whole_batch(loss_fn):
   """The number of examples is that of the whole batch, too: q depends on it."""
@@ -278,6 +281,7 @@ SPECS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("kind", ["fsdp", pytest.param("tensor parallel", marks=pytest.mark.slow)])
 def test_parameters_and_state_that_are_split(kind):
@@ -356,6 +360,7 @@ class Boxed(nn.Module):
     return nn.Dense(3, name="head")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "make",
   [

@@ -249,6 +249,7 @@ class HalfPrecision(nn.Module):
     return nn.Dense(3, dtype=self.dtype, name="second")(x).astype(jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2e-2), ("float16", 2e-3)])
 @pytest.mark.parametrize("scale", [1.0, 2.0**10])
 def test_half_precision_and_loss_scaling(problem, dtype, error, scale):

@@ -36,6 +36,7 @@ def problem():
   return params, direction, inner_loss
 
 
+@pytest.mark.slow
 def test_gradients_have_a_part_through_the_statistics(problem):
   params, _, inner_loss = problem
   tx = bnp_optax.scale_by_bnp(0.5)

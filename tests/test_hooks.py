@@ -149,6 +149,7 @@ def plain_update(n, kernel, x, bias=None):
   return update(nn.Dense(n, bias is not None), params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutable", [False, True])
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("n", [4, 5])

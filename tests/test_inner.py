@@ -201,6 +201,7 @@ def test_the_decay_of_kernels_outside_leaves_the_biases_where_they_are(mlp):
     np.testing.assert_array_equal(layer["bias"], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["value_fn", "grad", "grad_fn", "obj_fn"])
 def test_functions_of_the_parameters_do_not_reach_the_inner_optimizer(name, mlp):
   params, grads, stats = mlp

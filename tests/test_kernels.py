@@ -43,6 +43,7 @@ def test_a_mapping_names_every_kernel(key):
   raises(f"not in the parameters: {'/'.join(key)}. .*a/w, b/w", find_layers, params, layouts)
 
 
+@pytest.mark.slow
 def test_the_table_of_another_model():
   """A layer that was added after the table was made has statistics, and no entry."""
 

@@ -442,6 +442,7 @@ def shared_scope(draw):
   return Adapted(), (N, draw(st.integers(1, 3))), entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CASES)
 @hypothesis.settings(
   max_examples=max(2, hypothesis.settings.default.max_examples // 7),
@@ -502,6 +503,7 @@ def stepper(model, tx, collection, **kwargs):
   return step
 
 
+@pytest.mark.slow
 def test_decoding():
   """Each step of decode mode has the inputs of causal attention at that position."""
   model = nn.MultiHeadDotProductAttention(2, qkv_features=4, decode=True, **KERNEL)

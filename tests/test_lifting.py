@@ -55,6 +55,7 @@ def recurrent(cell, **options):
   return nn.Sequential([nn.RNN(cell(6), **options), lambda x: x[:, -1], nn.Dense(2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.OptimizedLSTMCell])
 def test_a_default_rnn(cell):
   x = uniform(N, T, D)
@@ -143,6 +144,7 @@ class Stack(nn.Module):
     )[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("axis", "kind"),
   [(0, "scan"), (1, "scan"), (-1, "scan"), (0, "decorated"), (0, "remat")],

@@ -63,6 +63,7 @@ class Sower(nn.Module):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [problems.CNN(), Sower(), nn.remat(problems.CNN)()])
 def test_outputs_and_gradients_are_bitwise_the_same(model):
   params, batch = problems.make(model, (4, 8, 8, 3))
@@ -207,6 +208,7 @@ def test_lifted_transforms(wrap):
   check(stats["first"]["layer_statistics"], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.remat, nn.jit, lambda m: nn.jit(nn.remat(m))])
 @pytest.mark.parametrize("model", [problems.MLP, problems.CNN])
 def test_steps_with_the_sown_statistics_are_those_of_the_paper(model, wrap):
@@ -727,6 +729,7 @@ def test_nn_vmap_over_examples():
 # A batch of symbolic size.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_step_that_is_exported_for_any_batch_size(masked):
   model, x = problems.CNN(), uniform(3, 8, 8, 2)

@@ -196,6 +196,7 @@ TWINS |= {
 SOFTMAX_IN_FLOAT32 = ("attention", "transformer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TWINS)
 def test_twins(kind):
   exact = kind.startswith("exact")
@@ -235,6 +236,7 @@ def check_update(layers, model, grads, stats, entries, tolerance=1e-12):
   assert unrolled.relative_error(updates, expected) <= tolerance
 
 
+@pytest.mark.slow
 def test_decoding():
   """Each step of decode mode has the inputs of causal attention at that position."""
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -508,6 +510,7 @@ class MasksOfItsParts(nnx.Module):
       return self.decoder(x)
 
 
+@pytest.mark.slow
 def test_contexts_of_the_model_itself():
   model, x = MasksOfItsParts(rngs()), uniform(N, 5)
   source, target = jnp.arange(N) < 2, jnp.arange(N) < 3
@@ -599,6 +602,7 @@ def test_threads():
     assert list(pool.map(work, range(16))) == list(range(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "make",
   [
@@ -695,6 +699,7 @@ def test_layers_with_a_context_inside_and_a_mapped_axis():
     bnp_optax.nnx.layers(model, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 @pytest.mark.parametrize("metadata", [{}, {"kernel_metadata": {"out_sharding": ("data", "model")}}])
 def test_layers_and_survey_under_a_mesh(kind, metadata):

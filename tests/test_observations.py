@@ -210,6 +210,7 @@ def test_layers_survive_inject_hyperparams(everything):
   assert state.inner_state.input_mean["conv"]["kernel"].shape == (4,)
 
 
+@pytest.mark.slow
 def test_hundreds_of_layers():
   class Deep(nn.Module):
     @nn.compact

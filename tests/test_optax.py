@@ -187,6 +187,7 @@ def test_sharded_parameters_keep_their_sharding(inner):
 # BNP inside the wrappers of Optax. Every expectation is that of `tests.reference`, in NumPy.
 
 
+@pytest.mark.slow
 @optimizers
 def test_inject_hyperparams(inner, problem):
   params, batch, *_ = problem
@@ -302,6 +303,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_takes_the_steps_that_it_takes_around_the_reference(name, problem):
   params, batch, *_ = problem
@@ -434,6 +436,7 @@ def accumulated(model, tx, k):
   return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scale_by_bnp", "adam"])
 @pytest.mark.parametrize(
   ("model", "shape", "k"),
@@ -454,6 +457,7 @@ def test_k_micro_batches_are_exactly_one_big_batch(name, model, shape, k):
   close(carry[0], expected)
 
 
+@pytest.mark.slow
 def test_multi_steps_inside_bnp():
   """N is that of a micro-batch unless it is passed: the loss is a mean over 4 of them."""
   model, (x, _) = problems.MLP("float64"), (np.random.default_rng(0).normal(size=(32, 300)), None)

@@ -127,6 +127,7 @@ def test_inverse_undoes_it(layer):
   np.testing.assert_allclose(b, layer["b"], atol=1e-9 * np.abs(layer["mu"]).max() + 1e-12)
 
 
+@pytest.mark.slow
 @given(layer=canonical_layers())
 def test_without_bias_only_the_columns_are_scaled(layer):
   layer["mu"][:] = 0

@@ -76,6 +76,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example_axes", [1, 2])
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 @pytest.mark.parametrize("name", OPTIONS)
@@ -148,6 +149,7 @@ def nnx_update(x):
   return step(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", [linen_update, nnx_update])
 def test_the_step_does_not_depend_on_the_padding(update):
   zeros, others = (update(np.where(MASK[..., None], sequences(D), x)) for x in (0.0, 100.0))
@@ -179,6 +181,7 @@ class Model(nn.Module):
     return nn.Dense(2, name="head", **F64)(nn.Bidirectional(*rnns)(x, seq_lengths=LENGTHS))
 
 
+@pytest.mark.slow
 def test_layers_in_and_around_a_loop_count_the_same():
   model, x = Model(), sequences(D)
   params = init(model, x)
@@ -319,6 +322,7 @@ def test_nnx_cells_of_other_classes(cell, layer):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_tapped_counts_the_steps_of_a_loop(framework):
   x = jnp.asarray(sequences(D))
@@ -452,6 +456,7 @@ def test_the_mask_of_a_memory():
   assert stats["out"]["layer_statistics"].rows == int(LENGTHS.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, MASK], ids=["plain", "mask"])
 def test_eager_calls_reuse_the_programs_of_a_loop(mask, caplog):
   model, x = nn.RNN(nn.SimpleCell(H, name="cell", **F64)), jnp.asarray(sequences(D))

@@ -29,6 +29,7 @@ def test_all_versions_agree():
   assert bnp_experiments.__version__ == bnp_optax.__version__
 
 
+@pytest.mark.slow
 def test_the_import_adds_no_other_packages_to_optax_and_flax():
   loaded = "import sys; print(*sys.modules)"
   base = set(run(sys.executable, "-c", f"import optax, flax; {loaded}").split())
@@ -38,6 +39,7 @@ def test_the_import_adds_no_other_packages_to_optax_and_flax():
   assert not ours & {"matplotlib", "tyro", "sklearn", "pooch", "PIL", "flax.nnx"}
 
 
+@pytest.mark.slow
 def test_nnx_is_imported_lazily():
   script = """
 import sys

@@ -258,6 +258,7 @@ def computations(compiled):
   return text[re.search(r"^(%|ENTRY)", text, re.MULTILINE).start() :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
   ("name", "options"),

@@ -36,6 +36,7 @@ def mesh(kind=AxisType.Explicit):
   return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("wrap", [bnp_optax.bnp, None])

@@ -126,6 +126,7 @@ LINEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_windows", [False, True])
 @pytest.mark.parametrize("name", LINEN)
 def test_linen(name, exact_windows):
@@ -189,6 +190,7 @@ NNX = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NNX)
 @pytest.mark.usefixtures("standard_promotion")
 def test_nnx(name):
@@ -222,6 +224,7 @@ def test_nnx(name):
   assert_close(nnx.state(tapped.model, nnx.Param), nnx.state(plain, nnx.Param))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
 def test_nnx_state_and_captures_of_the_model_remain():
   class Model(nnx.Module):
@@ -243,6 +246,7 @@ def test_nnx_state_and_captures_of_the_model_remain():
   assert not hasattr(tapped.model.dense, "tap_index")
 
 
+@pytest.mark.slow
 def test_nnx_layers_beside_a_linen_module():
   """ToNNX takes every attribute for a Linen variable."""
 
@@ -374,6 +378,7 @@ GRADIENTS = {
 } | {"pmean": devices(check_vma=False), "psum": devices(check_vma=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_of_parts_have_the_statistics_of_the_whole(name, whole):
   params, x, grads, stats = whole
@@ -384,6 +389,7 @@ def test_gradients_of_parts_have_the_statistics_of_the_whole(name, whole):
   assert_close(bnp_optax.linen.remove_taps(actual), grads, rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_multi_steps(whole):
   params, x, grads, stats = whole
@@ -397,6 +403,7 @@ def test_multi_steps(whole):
   assert_close(bnp_optax.linen.remove_taps(updates), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [optax.yogi(1e-2), optax.add_noise(0.1, 0.55, 0)])
 @pytest.mark.usefixtures("standard_promotion")
 def test_no_inner_optimizer_moves_the_taps(whole, inner):
@@ -408,6 +415,7 @@ def test_no_inner_optimizer_moves_the_taps(whole, inner):
   assert norms[0] == norms[1] > 0
 
 
+@pytest.mark.slow
 def test_taps_that_were_cast_are_refused():
   tapped = bnp_optax.linen.Tapped(nn.Dense(3), examples=8)
   x = normal(8, 5).astype(jnp.float32)
@@ -420,6 +428,7 @@ def test_taps_that_were_cast_are_refused():
     problems.raises(f"its tap was cast to {jnp.dtype(dtype)}", tx.update, cast, state, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [40, 55, 62, 70, 80])
 def test_large_loss_scales_in_float32(exponent):
   """Statistics are right, or they are left out and counted."""
@@ -438,6 +447,7 @@ def test_large_loss_scales_in_float32(exponent):
     np.testing.assert_allclose(variance, np.var(x, 0), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
 def test_clipping_before_bnp_clips_the_gradient_alone(whole, limit):
   params, x, grads, stats = whole
@@ -455,6 +465,7 @@ def test_clipping_before_bnp_clips_the_gradient_alone(whole, limit):
 # Life with taps in the parameters.
 
 
+@pytest.mark.slow
 def test_rnn_by_default_and_a_layer_that_does_not_reach_the_loss():
   class Net(nn.Module):
     @nn.compact
@@ -491,6 +502,7 @@ def test_nnx_rnn_by_default():
   np.testing.assert_allclose(dense_i.mean, np.mean(x, (0, 1)), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [optax.adamw(1e-2), optax.lion(1e-2), optax.contrib.muon(1e-2)])
 @pytest.mark.usefixtures("standard_promotion")
 def test_taps_stay_zero(whole, inner):
@@ -506,6 +518,7 @@ def test_taps_stay_zero(whole, inner):
   assert np.any(updates["Dense_0"]["kernel"])
 
 
+@pytest.mark.slow
 def test_taps_are_added_to_parameters_and_serialized(whole):
   params, x, *_ = whole
   plain = bnp_optax.linen.remove_taps(params)
@@ -687,6 +700,7 @@ def test_an_array_before_the_batch_is_refused_in_nnx():
   assert [x.examples for x in from_taps(grads).values()] == [6]
 
 
+@pytest.mark.slow
 def test_layers_with_other_numbers_of_rows_are_not_the_examples():
   """The second layer has 5 rows, those of a table of positions, and the model is called twice."""
 
@@ -706,6 +720,7 @@ def test_layers_with_other_numbers_of_rows_are_not_the_examples():
     assert {int(s.examples) for s in from_taps(grads).values()} == {6}
 
 
+@pytest.mark.slow
 def test_the_state_of_a_recurrent_layer_before_the_batch():
   """The loss is a mean over time and batch, the layers in the loop have the batch alone."""
 

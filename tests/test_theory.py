@@ -134,6 +134,7 @@ def curvatures(params, batch):
   return out, jax.nn.softmax(model.apply({"params": params}, x))[:, 1]
 
 
+@pytest.mark.slow
 @given(seed=seeds, mean=st.sampled_from([0.0, 1.0, 30.0]))
 def test_proposition_2_and_theorem_3(seed, mean):
   """The Hessian of a unit is H^T S H with a diagonal S; in z it is G^T S G with normalized G."""
@@ -239,6 +240,7 @@ def test_theorem_4_fails_for_fewer_examples_than_inputs():
   assert kappa(H @ U) > 49  # 100 / sqrt(4): the rows of H U have e alone at this scale.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("decay", "rows"), [(0.9, 1), (0.99, 1), (0.99, 4)])
 def test_the_noise_of_a_running_mean(decay, rows):
   """The running mean of independent rows is off by n delta^2 = n (1 - decay) / (2 rows)."""

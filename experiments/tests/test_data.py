@@ -223,6 +223,7 @@ def test_an_altered_download_leaves_nothing_behind(home, small, site):
   assert list((home / name).rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_mnist1d_is_made_the_same_way_every_time():
   np.random.seed(7)
   expected = np.random.rand()

@@ -128,6 +128,7 @@ def test_a_damaged_checkpoint(tmp_path, checkpoints, states, damage):
 
 
 # Orbax leaves the reads of the other arrays to the garbage collector.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def _records(folder, kind):
   return [line for line in lines if line["kind"] == kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -94,6 +95,7 @@ def test_help_names_all_data_sets(call, capsys):
   assert ", ".join(data.NAMES) in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_the_command_without_a_traceback():
   command = [sys.executable, "-m", "bnp_experiments", "list"]
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -141,6 +143,7 @@ def test_quickstart_from_command_to_picture(call, capsys, tmp_path):
   assert (folder / "quickstart.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(2,), pytest.param((17, 35), marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
   call, capsys, tmp_path, monkeypatch, small_experiment, stops
@@ -197,6 +200,7 @@ def test_more_epochs_go_on_from_where_fewer_ended(call, tmp_path, small_experime
   assert all(record in short for record in long)
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(call, capsys, tmp_path):
   with open_results(tmp_path / "out", []):
     assert call("run", "quickstart", "--out", "out") == 2

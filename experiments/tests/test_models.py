@@ -123,6 +123,7 @@ def test_every_block_starts_as_its_shortcut():
   assert sum(not np.any(kernel) for kernel in kernels) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_trains_with_bnp(name):
   """Trace one step, in which the statistics of every layer must reach the optimizer."""
@@ -189,6 +190,7 @@ def test_cnn_layer_by_layer(norm):
   np.testing.assert_allclose(actual, dense(h, params["Dense_1"]), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preactivation", [False, True])
 def test_resnet_layer_by_layer(preactivation):
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -213,6 +215,7 @@ def test_resnet_layer_by_layer(preactivation):
   np.testing.assert_allclose(forward(model, variables, x), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_initial_weights_and_biases():
   x = np.zeros((1, 8, 8, 3), np.float32)
   plain = init(ResNet(8, norm=models.group_norm), x)[1]
@@ -245,6 +248,7 @@ def test_grey_images_have_one_channel(model):
   assert parameters(model, (2, 12, 12)) == parameters(model, (2, 12, 12, 1))
 
 
+@pytest.mark.slow
 def test_language_model_does_not_look_ahead():
   model = LanguageModel(2, 8, 2, classes=5)
   tokens = np.array([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3], [4, 1, 2, 3, 4]], np.int32)

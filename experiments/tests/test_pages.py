@@ -29,6 +29,7 @@ def page(name):
   return (ROOT / name).read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["quickstart", "batch-sizes-fc", "batch-sizes-cnn", "vit", "language-model"]
 )
@@ -46,6 +47,7 @@ def test_the_tuning_guide_has_the_chosen_rates(name):
   assert any(line.endswith(f"| {' | '.join(cells)} |") for line in page("docs/tuning.md")), cells
 
 
+@pytest.mark.slow
 def test_the_tuning_guide_counts_where_adam_is_ahead():
   ahead = []
   for name in ("batch-sizes-fc", "batch-sizes-cnn"):
@@ -57,6 +59,7 @@ def test_the_tuning_guide_counts_where_adam_is_ahead():
   assert f"in {sum(ahead)} of {len(ahead)} pairs" in " ".join(page("docs/tuning.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["batch-sizes-fc", "batch-sizes-cnn"])
 def test_the_comparison_has_the_accuracies(name):
   _, gathered = outcomes(name)
@@ -147,6 +150,7 @@ def test_the_gallery_counts_the_seeds_that_are_better(title, name):
   assert f"| {title} | better, every seed |" in page("docs/gallery.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("row", "name", "scale"),
   [
@@ -208,6 +212,7 @@ def test_the_gain_of_the_default_start(method, label, name):
   assert line in page("docs/experiments/beyond.md"), line
 
 
+@pytest.mark.slow
 def test_the_findings_count_the_verdicts():
   table, _ = report.claims(RESULTS)
   count, *numbers = (

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "notebooks" / "results"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tabulate", [report.claims, report.rates])
 def test_the_docs_hold_the_tables_of_the_committed_results(tabulate):
   _, markdown = tabulate(RESULTS)
@@ -57,6 +58,7 @@ def test_committed_results_are_complete(experiment):
   assert (RESULTS / experiment.folder / f"{experiment.name}.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "folder", [file.parent for file in sorted(RESULTS.glob(f"*/{FILE}"))], ids=lambda x: x.name
 )

@@ -41,6 +41,7 @@ def _train(setup, seeds, rates, images, epochs=4, on_steps=lambda steps: None):
   return state, np.array(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_learns(method, images):
   setup = _setup(method, images)
@@ -51,6 +52,7 @@ def test_learns(method, images):
   assert np.all(evaluation.loss < 0.6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [methods.BATCHNORM, methods.BNP], ids=lambda m: m.name)
 def test_a_lane_does_what_it_does_alone(method, images):
   setup = _setup(method, images)
@@ -130,6 +132,7 @@ def coloured():
 CONVOLUTIONAL = CNN((4,), 8, 2)
 
 
+@pytest.mark.slow
 def test_images_on_the_device_and_on_the_host_train_alike(coloured, monkeypatch):
   setup = _setup(methods.BNP, coloured, batch_size=16, network=CONVOLUTIONAL)
   assert not setup.stacked
@@ -141,6 +144,7 @@ def test_images_on_the_device_and_on_the_host_train_alike(coloured, monkeypatch)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), in_turn, looped)
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_split_over_the_devices_to_the_same_result(coloured, monkeypatch):
   one = _setup(methods.BATCHNORM, coloured, batch_size=64, network=CONVOLUTIONAL)
   assert one.devices == 1
@@ -169,6 +173,7 @@ def test_the_rate_warms_up_and_decays(coloured):
   np.testing.assert_allclose([schedule(jnp.int32(i)) for i in (0, 3, 4)], [0.02, 0.02, 0.2])
 
 
+@pytest.mark.slow
 def test_weights_decay_after_bnp(coloured):
   decayed = dataclasses.replace(methods.BNP, weight_decay=0.1)
   states = [
@@ -202,6 +207,7 @@ def test_augmented_images_are_others_every_epoch_and_the_same_every_time(coloure
   assert len(np.unique(losses[2].round(5))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("method", [methods.BNP, methods.BNP_ADAM], ids=lambda method: method.name)
 def test_debias_reaches_bnp_and_the_records(images, method):
