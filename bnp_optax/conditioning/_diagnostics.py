@@ -258,7 +258,7 @@ def _note(x: Diagnostics, guarded: float) -> str:
   if x.largest_eigenvalue > _LARGE_EIGENVALUE * (1 + x.inputs / x.rows):
     if x.inputs * x.lag**2 > x.variance_ratio:
       notes.append(f"the running mean is {x.lag:.2g} deviations behind")
-    elif 2 * x.variance_ratio > _LARGE_EIGENVALUE:  # Without a bias, uncentred means count too.
+    elif 2 * x.variance_ratio > _LARGE_EIGENVALUE:  # Without a bias, a mean alone makes it large.
       notes.append(f"a second moment is {x.variance_ratio:.2g} times the preconditioner's")
   if x.guard > _LARGE_GUARD:
     notes.append(f"the guard divides the step by {x.guard:.2g}")
