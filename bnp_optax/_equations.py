@@ -46,9 +46,8 @@ def check_registration(
       f"{layer_class.__name__} does not define {method}: register the class that defines it."
     )
   code = getattr(inspect.unwrap(vars(layer_class)[method]), "__code__", None)
-  if (
-    code and {"super", method} <= {*code.co_names} and any(kernel in kernels for kernels in covered)
-  ):
+  names = {*code.co_names} if code else set()
+  if {"super", method} <= names and any(kernel in kernels for kernels in covered):
     raise ValueError(
       f"{layer_class.__name__}: its {method} calls that of a base class, which reports {kernel} "
       "already. Its rows would count twice: do not register it."

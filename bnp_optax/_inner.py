@@ -93,9 +93,8 @@ _PRODUCTS = {"dot_general", "mul"}
 def _values(closed: Any, inputs: Sequence[_Value]) -> list[_Value]:
   """Return what is known of the outputs of a closed jaxpr, given what is known of its inputs."""
   jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-  known: dict[Any, _Value] = {}
-  known |= dict(zip(jaxpr.constvars, map(_value_of, constants), strict=True))
-  known |= dict(zip(jaxpr.invars, inputs, strict=True))
+  given: list[_Value] = [*map(_value_of, constants), *inputs]
+  known: dict[Any, _Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
 
   def read(x: Any) -> _Value:
     return _value_of(x.val) if hasattr(x, "val") else known[x]

@@ -197,10 +197,11 @@ def refer_to_parameter(call: Call, path: Path, biased: bool) -> Call:
   """
   transforms = [x for x in _outer.get() if isinstance(x, _Lifted)]
   problem = ""
-  if any(x.axis and (biased or x.own) for x in transforms):
+  if others := [x for x in transforms if x.axis and (biased or x.own)]:
+    own = ["the intermediates in variable_axes"] * any(x.own for x in others)
     problem = (
       "nn.scan or nn.vmap does not stack it along axis 0: use variable_axes={'params': 0}, or "
-      "leave out its bias and the intermediates in variable_axes"
+      f"leave out {' and '.join(['its bias'] * biased + own)}"
     )
   elif any(x.added and y.own for x, y in itertools.combinations(transforms, 2)):
     problem = (

@@ -59,9 +59,11 @@ def _check_found(
       f"{jax.tree.structure(stats)}."
     )
   if missing := [layer for layer in layers if layer.path not in found]:
+    above = next((x.path[0] for x in missing if x.path[1:] in found), None)
+    level = "" if above is None else f", or add their first level: stats={{{above!r}: stats}}"
     levels = (
       "The paths differ in their first levels: pass the parameters of the model and its statistics "
-      'themselves, as in variables["params"] and aux["intermediates"].'
+      f'themselves, as in variables["params"] and aux["intermediates"]{level}.'
     )
     others = (
       "If these layers did not run, or are not Dense or Conv, leave them out of BNP with "

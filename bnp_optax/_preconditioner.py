@@ -97,8 +97,7 @@ def make_preconditioner(
   Inputs that have not varied, such as a first single row, have a ``sigma-tilde`` of at least 1,
   which is not in the paper. ``largest`` is that of `find_largest`, if it is computed already.
   """
-  if largest is None:
-    largest = find_largest(mu, sigma2, 0.0)
+  largest = find_largest(mu, sigma2, 0.0) if largest is None else largest
   sigma = jnp.sqrt(sigma2 + eps_1 * largest + eps_2)
   # z_w is then rounding alone. Division by sqrt(eps_2) would multiply it, and Adam by far more.
   sigma = jnp.where(largest > 0, sigma, jnp.maximum(sigma, 1))

@@ -29,8 +29,9 @@ from bnp_optax._statistics import (
 )
 from bnp_optax._trees import Path, has_prefix, show_path
 
-# A function of a layer and the inputs of a call.
+# Functions of a layer and the inputs of a call.
 Exclude = Callable[[Any, jax.Array], bool]
+MaskFn = Callable[[Any, jax.Array], Mask]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +71,23 @@ class Reporter:
 
 
 class Masks:
-  """The mask of each layer: one for all, or that of the longest prefix of the layer's path."""
+  """The mask of each call: one for all, that of the longest prefix of a path, or a function's."""
 
-  def __init__(self, mask: Mask | Mapping[str, Mask]) -> None:
+  def __init__(self, mask: Mask | Mapping[str, Mask] | MaskFn) -> None:
     """Convert the masks to arrays of booleans."""
-    by_prefix = mask if isinstance(mask, Mapping) else {"": mask}
-    self._masks = {
-      prefix: None if x is None else jnp.asarray(x).astype(bool) for prefix, x in by_prefix.items()
-    }
+    self._choose = mask if callable(mask) else None
+    by_prefix = mask if isinstance(mask, Mapping) else {"": None if callable(mask) else mask}
+    self._masks = {prefix: _as_booleans(x) for prefix, x in by_prefix.items()}
     self._unused = {prefix for prefix in self._masks if prefix}
-    # A function that was traced under an equal key would not report its calls to check_prefixes.
-    self.key: Hashable = object() if isinstance(mask, Mapping) else _array_key(self._masks[""])
+    # A function that was traced under an equal key would keep its masks, and skip check_prefixes.
+    unique = isinstance(mask, Mapping) or callable(mask)
+    self.key: Hashable = object() if unique else _array_key(self._masks[""])
 
-  def of_layer(self, path: Path) -> jax.Array | None:
-    """Return the mask of the layer at a path; None if it has none."""
-    prefixes = [prefix for prefix in self._masks if has_prefix(path, prefix)]
+  def of_call(self, layer: Any, call: Call, path: Path) -> jax.Array | None:
+    """Return the mask of a call of the layer at a path; None if it has none."""
+    if self._choose is not None:
+      return _as_booleans(self._choose(layer, call.inputs))
+    prefixes = [prefix for prefix in self._masks if has_prefix((*path, call.kernel), prefix)]
     self._unused.difference_update(prefixes)
     return self._masks[max(prefixes, key=len)] if prefixes else None
 
@@ -98,11 +101,20 @@ class Masks:
       )
 
 
-def with_axes(function: Callable[..., Any], axis_name: AxisName | None) -> Callable[..., Any]:
-  """Return a function that calls another one under mapped axes of size 1, unbatched."""
+def _as_booleans(mask: Mask) -> jax.Array | None:
+  return None if mask is None else jnp.asarray(mask).astype(bool)
+
+
+def eval_shape(function: Callable[..., Any], axis_name: AxisName | None, *args: Any) -> Any:
+  """Trace a function under mapped axes of size 1, unbatched; return the shapes of its outputs."""
   for name in (axis_name,) if isinstance(axis_name, str) else axis_name or ():
     function = jax.vmap(function, in_axes=None, out_axes=None, axis_name=name, axis_size=1)
-  return function
+  try:
+    return jax.eval_shape(function, *args)
+  except NameError as error:
+    if "axis name" in str(error):
+      error.add_note("Pass the name of the mapped axis, as in layers(..., axis_name='batch').")
+    raise
 
 
 def statistics_reporter(
@@ -125,7 +137,7 @@ def statistics_reporter(
     if exclude is not None and exclude(module, call.inputs):
       return None
     path = locate(module, call)
-    name, mask = show_path(path), masks.of_layer((*path, call.kernel))
+    name, mask = show_path(path), masks.of_call(module, call, path)
     statistics = call_statistics(call, name, examples, example_axes, mask, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
       counted.setdefault(math.prod(call.example_shape(example_axes)), name)
@@ -204,8 +216,9 @@ def _fit_mask(mask: jax.Array, name: str, call: Call) -> jax.Array:
   """Return a mask without the axes that a layer's inputs lack: a position counts if any does."""
   leading, shape = leading_of_sequences(call.leading), call.inputs.shape
   own = (
-    'Give the layer its own mask by the prefix of its path, as in mask={"encoder": mask, "": None} '
-    "(Linen), or call it within its own sow_statistics context inside the model."
+    'Give the layer its own mask: in Linen by the prefix of its path, as in mask={"encoder": mask, '
+    '"": None}, in NNX by a function, as in mask=lambda layer, x: mask if layer is model.encoder '
+    "else None."
   )
   if leading is None:
     raise ValueError(

@@ -182,13 +182,9 @@ class RunningStatistics:
         field[i] = jnp.where(finite, x, y)
       p = self.make_preconditioner(layer, shape, mean[i], variance[i], batch, largest)
       preconditioners.append(p if self.scale_layers else p._replace(q=jnp.ones_like(p.q)))
-    new_state = ScaleByBnpState(
-      count=optax.safe_increment(state.count),
-      input_mean=treedef.unflatten(mean),
-      input_variance=treedef.unflatten(variance),
-      input_weight=treedef.unflatten(weight),
-      nonfinite_count=nonfinite,
-    )
+    mean, variance, weight = (treedef.unflatten(field) for field in (mean, variance, weight))
+    count = optax.safe_increment(state.count)
+    new_state = ScaleByBnpState(count, mean, variance, weight, nonfinite)
     return new_state, Preconditioners(layers, preconditioners)
 
   def _advance(

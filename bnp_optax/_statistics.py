@@ -104,6 +104,10 @@ class NoStatistics:
   reason: str = dataclasses.field(metadata={"static": True})
 
 
+# What a layer sows.
+Sown = LayerStatistics | NoStatistics
+
+
 def accumulation_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
   """Return the dtype of BNP's state and arithmetic: float64 if any of `dtypes` is, else float32."""
   return jnp.dtype("float64" if "float64" in dtypes else "float32")
@@ -227,7 +231,7 @@ def merge_calls(*stats: Any) -> Any:
     raise ValueError("merge_calls: give the statistics of at least one call.")
 
   def is_leaf(x: Any) -> bool:
-    return isinstance(x, LayerStatistics | NoStatistics)
+    return isinstance(x, Sown)
 
   def merge(*calls: Any) -> Any:
     if len(calls) == 1 and isinstance(call := calls[0], LayerStatistics):
@@ -246,9 +250,7 @@ def merge_calls(*stats: Any) -> Any:
   return jax.tree.map(merge, *stats, is_leaf=is_leaf)
 
 
-def merge_two_calls(
-  a: LayerStatistics | NoStatistics, b: LayerStatistics | NoStatistics
-) -> LayerStatistics | NoStatistics:
+def merge_two_calls(a: Sown, b: Sown) -> Sown:
   """Merge two calls of a layer in one forward pass: rows add, examples are the same."""
   if isinstance(a, NoStatistics) or isinstance(b, NoStatistics):
     return a if isinstance(a, NoStatistics) else b
@@ -266,9 +268,7 @@ def merge_call_axes(a: LayerStatistics, axes: tuple[int, ...]) -> LayerStatistic
   return dataclasses.replace(merged, examples=jnp.max(a.examples, axes))
 
 
-def leave_transform(
-  a: LayerStatistics | NoStatistics, axis: int | None
-) -> LayerStatistics | NoStatistics:
+def leave_transform(a: Sown, axis: int | None) -> Sown:
   """Return the statistics of a whole kernel, as `Reporter.leave` does."""
   if isinstance(a, NoStatistics):
     return a

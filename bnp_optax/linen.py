@@ -20,7 +20,7 @@ from bnp_optax._lifting import leave_observation
 from bnp_optax._linen import register, report, report_calls
 from bnp_optax._linen_taps import Tapped
 from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
-from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
+from bnp_optax._reporting import Exclude, Masks, Reporter, eval_shape, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._taps import remove_taps
 from bnp_optax._trees import Path, split_arrays
@@ -100,7 +100,7 @@ def sow_statistics(
       pooling, an example counts if any of its positions does. The cell of an `nn.RNN` has the
       mask of its inputs, ``[batch, time]`` also with ``time_major``. A mapping from prefixes of the
       layers' paths to masks or None gives each layer the mask of its longest prefix, as in
-      ``{"encoder": mask, "": other}``. A layer without one has no mask.
+      ``{"encoder": source, "": target}``. A layer without one has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
       `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch and are equal along the axis.
@@ -229,5 +229,5 @@ def layers(
     return variables["params"], aux.get("intermediates", {})
 
   key = jax.eval_shape(lambda: jax.random.key(0))
-  params, observations = jax.eval_shape(with_axes(trace, axis_name), key, arrays)
+  params, observations = eval_shape(trace, axis_name, key, arrays)
   return make_layers(params, observations, called, owners, strict, ignore)

@@ -18,7 +18,7 @@ from bnp_optax._layers import Layers
 from bnp_optax._nnx import Statistics, describe, register, report, report_calls
 from bnp_optax._nnx_taps import Tap, Tapped, remove_taps
 from bnp_optax._observations import Observation, Owner, make_layers, merge_observed, observe_call
-from bnp_optax._reporting import Exclude, Masks, Reporter, statistics_reporter, with_axes
+from bnp_optax._reporting import Exclude, MaskFn, Masks, Reporter, eval_shape, statistics_reporter
 from bnp_optax._statistics import AxisName, Mask
 from bnp_optax._trees import split_arrays
 
@@ -43,7 +43,7 @@ def sow_statistics(
   *,
   examples: int | jax.Array | None = None,
   example_axes: int = 1,
-  mask: Mask = None,
+  mask: Mask | MaskFn = None,
   axis_name: AxisName | None = None,
   exact_windows: bool = False,
   exclude: Exclude | None = None,
@@ -87,8 +87,9 @@ def sow_statistics(
   Args:
     examples: As in `bnp_optax.linen.sow_statistics`.
     example_axes: As in `bnp_optax.linen.sow_statistics`.
-    mask: As in `bnp_optax.linen.sow_statistics`, but not a mapping: an NNX module has no path. Call
-      a part of the model that has another mask within its own context, inside the model.
+    mask: As in `bnp_optax.linen.sow_statistics`, or, in place of a mapping, a function of a layer
+      and the inputs of one call, ``[*leading, *stack, features]``, that returns the layer's mask or
+      None, as in ``mask=lambda layer, x: source if layer is model.attention.key else target``.
     axis_name: As in `bnp_optax.linen.sow_statistics`.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
     exclude: As in `bnp_optax.linen.sow_statistics`, for example
@@ -105,10 +106,9 @@ def sow_statistics(
   """
   if isinstance(mask, Mapping):
     raise ValueError(
-      "mask= is a mapping, but an NNX module has no path that a prefix could match. Call each part "
-      "of the model within its own sow_statistics(mask=...) context, inside the model."
+      "mask= is a mapping, but an NNX module has no path that a prefix could match. Pass a "
+      "function, as in mask=lambda layer, x: mask if layer is model.encoder else None."
     )
-
   options = (examples, example_axes, Masks(mask), axis_name, exact_windows, exclude)
   with report_calls(statistics_reporter(lambda *call: (describe(*call),), *options)):
     yield
@@ -178,7 +178,7 @@ def layers(
       # Not capture(model.method): of a jitted method, the first argument would be the model.
       return nnx.capture(lambda m: getattr(m, method)(*args, **kwargs), Statistics)(model)[1]
 
-  observations = jax.eval_shape(with_axes(trace, axis_name), state, arrays)
+  observations = eval_shape(trace, axis_name, state, arrays)
   owners = {
     tuple(map(str, (*path, name))): Owner.of(module, name, x.ndim, _OTHERS)
     for path, module in nnx.iter_graph(model)

@@ -123,7 +123,11 @@ def test_a_level_too_many_is_named(nested, mlp):
   else:
     stats = {"intermediates": stats}
   tx = bnp_optax.scale_by_bnp()
-  raises("The paths differ in their first levels", tx.update, grads, tx.init(params), stats=stats)
+  remedy = r", or add their first level: stats={'params': stats}\."
+  match = r"The paths differ in their first levels.*\]" + (remedy if nested == "params" else r"\.")
+  raises(match, tx.update, grads, tx.init(params), stats=stats)
+  if nested == "params":
+    tx.update(grads, tx.init(params), stats={"params": stats})
 
 
 def test_all_kernels_without_statistics_are_listed():

@@ -656,6 +656,66 @@ def test_missing_layers_are_named_with_their_kernels():
     tx.update(params, tx.init(params), stats=stats)
 
 
+class Attends(nnx.Module):
+  """Cross-attention: one call with inputs that have different padding."""
+
+  def __init__(self, rngs):
+    options = {"qkv_features": 8, "decode": False, "rngs": rngs}
+    self.attention = nnx.MultiHeadAttention(2, 5, **options)
+    self.head = nnx.Linear(5, 2, rngs=rngs)
+
+  def __call__(self, target, source):
+    return self.head(self.attention(target, source))
+
+
+def padding(lengths, time):
+  return np.arange(time)[None] < np.array(lengths)[:, None]
+
+
+@nnx.jit
+def attention_statistics(model, x, y, source, target):
+  def mask(layer, inputs):
+    if layer is model.head:
+      return None
+    return source if layer in (model.attention.key, model.attention.value) else target
+
+  with sow_statistics(mask=mask):
+    return nnx.capture(model, Statistics)(x, y)[1]
+
+
+def test_masks_by_a_function_of_the_layer():
+  """Keys and values of cross-attention have the padding of the source, of equal shape here."""
+  model, x, y = build(Attends), uniform(N, 4, 5), uniform(N, 4, 5, seed=1)
+  source, target = padding([2, 4, 1], 4), padding([3, 3, 2], 4)
+  stats = attention_statistics(model, x, y, source, target)
+  for name, mask, inputs in (("query", target, x), ("key", source, y), ("value", source, y)):
+    found, rows = statistics(stats, "attention", name), np.asarray(inputs)[mask]
+    assert found.rows == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-6)
+  assert statistics(stats, "attention", "out").rows == int(target.sum())
+  assert statistics(stats, "head").rows == N * 4
+
+
+def test_a_function_traced_before_with_the_masks_of_another_function():
+  model, x, y = build(Attends), uniform(N, 4, 5), uniform(N, 6, 5)
+  forward = nnx.jit(lambda model: model(x, y))
+  for lengths in ([2, 4, 1], [6, 5, 4]):
+    masks = {4: padding(lengths, 4), 6: padding(lengths, 6)}
+    with sow_statistics(mask=lambda layer, x, masks=masks: masks[x.shape[1]]):
+      stats = nnx.capture(forward, Statistics)(model)[1]
+    for name, length in (("query", 4), ("key", 6)):
+      assert statistics(stats, "attention", name).rows == int(masks[length].sum())
+
+
+def test_a_function_as_mask_that_gives_another_shape_is_refused():
+  model, x = nnx.Linear(5, 4, rngs=rngs()), uniform(N, 5)
+  with (
+    pytest.raises(ValueError, match=r"mask of shape \(2,\) does not fit .* by a function"),
+    sow_statistics(mask=lambda layer, x: np.ones(2)),
+  ):
+    nnx.capture(model, Statistics)(x)
+
+
 def test_masks_by_prefix_are_refused():
   with (
     pytest.raises(ValueError, match="an NNX module has no path"),
@@ -695,8 +755,9 @@ def test_layers_with_a_context_inside_and_a_mapped_axis():
   }
   kinds = {entry.path[0]: entry.kind for entry in table.entries}
   assert (kinds["embed"], kinds["norm"], kinds["matrix"]) == ("Embed", "BatchNorm", "Nested")
-  with pytest.raises(NameError, match="unbound axis name"):
+  with pytest.raises(NameError, match="unbound axis name") as error:
     bnp_optax.nnx.layers(model, tokens)
+  assert any("axis_name='batch'" in note for note in error.value.__notes__)
 
 
 @pytest.mark.slow

@@ -187,8 +187,9 @@ def test_a_model_that_needs_a_mapped_axis(axis_name):
 
   layers = bnp_optax.linen.layers(Model(), jnp.ones((3, 5)), axis_name=axis_name)
   assert [entry.inputs for entry in layers.entries if entry.layout] == [(3, 5), (3, 4)]
-  with pytest.raises(NameError, match="unbound axis name"):
+  with pytest.raises(NameError, match="unbound axis name") as error:
     bnp_optax.linen.layers(Model(), jnp.ones((3, 5)))
+  assert any("axis_name='batch'" in note for note in error.value.__notes__)
 
 
 def test_layers_are_an_immutable_hashable_mapping(everything):

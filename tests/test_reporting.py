@@ -13,7 +13,7 @@ from bnp_optax import linen, nnx
 from bnp_optax._calls import Call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._patching import activate
-from bnp_optax._reporting import Masks, Reporter, statistics_reporter, with_axes
+from bnp_optax._reporting import Masks, Reporter, eval_shape, statistics_reporter
 from bnp_optax._statistics import LayerStatistics, NoStatistics
 
 
@@ -142,15 +142,15 @@ def test_the_longest_prefix_of_whole_names_gives_the_mask():
     (("aa",), [True, True]),
     ((), [True, True]),
   ):
-    found = masks.of_layer(path)
+    found = masks.of_call(None, call(1, 1), path)
     assert found is expected is None or list(found) == expected
   masks.check_prefixes()
-  assert Masks({"a": [1]}).of_layer(("b",)) is None
+  assert Masks({"a": [1]}).of_call(None, call(1, 1), ("b",)) is None
 
 
 def test_prefixes_of_no_layer_are_refused():
   masks = Masks({"a": None, "a/b": None, "c": None, "": None})
-  masks.of_layer(("a", "c"))
+  masks.of_call(None, call(1, 1), ("a", "c"))
   with pytest.raises(ValueError, match=r"no layer that was called: a/b, c\."):
     masks.check_prefixes()
 
@@ -166,7 +166,7 @@ def test_layers_that_disagree_about_the_number_of_examples():
     report(call(3, 4), call(6, 4, kernel="other"))
   parts = lambda x: report(call(3, 4), call(6, 4, kernel="other"), axis_name="data")
   with pytest.raises(ValueError, match=r"divides by, counted in one part along 'data' alone, as"):
-    with_axes(parts, "data")(jnp.ones(3))
+    eval_shape(parts, "data", jnp.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -95,16 +95,8 @@ class Diagnostics:
 
   def __str__(self) -> str:
     """Return the table as plain text."""
-    columns = (
-      "spread",
-      "kappa_D",
-      "lag",
-      "variance_ratio",
-      "largest_eigenvalue",
-      "q2",
-      "guard",
-      "improvement",
-    )
+    columns = ("spread", "kappa_D", "lag", "variance_ratio")
+    columns += ("largest_eigenvalue", "q2", "guard", "improvement")
     lines: list[tuple[str, ...]] = [("layer", "rows", "dead", *columns, "")]
     for name, x, note in zip(self.names, self._last(), self.notes(), strict=True):
       dead = "-" if np.isnan(x.dead) else f"{int(x.dead)}/{int(x.features)}"

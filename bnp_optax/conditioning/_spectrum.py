@@ -51,8 +51,7 @@ def condition_number(matrix: ArrayLike, *, threshold: float | None = None) -> np
   array = np.asarray(matrix)
   if np.iscomplexobj(array):
     raise ValueError(f"condition_number is for real matrices, found {array.dtype}.")
-  if threshold is None:
-    threshold = rounding(array)
+  threshold = rounding(array) if threshold is None else threshold
   array = array.astype(np.float64)
   _check_finite(array)
   return _ratio(np.linalg.svd(array, compute_uv=False), threshold)
