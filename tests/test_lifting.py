@@ -399,3 +399,68 @@ def test_outputs_and_gradients_are_bitwise_the_same():
 
   grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   chex.assert_trees_all_equal(grad(params, False), grad(params, True))
+
+
+# Derivatives inside of a model, and remat_scan.
+
+
+def _tanh_sum(layer, x):
+  return jnp.sum(nn.tanh(layer(x)))
+
+
+DERIVATIVES = {
+  "vjp": lambda layer, x: nn.vjp(_tanh_sum, layer, x)[1](jnp.ones(()))[1],
+  "jvp": lambda layer, x: nn.jvp(
+    lambda layer, x: nn.tanh(layer(x)), layer, (x,), (x,), variable_tangents={}
+  )[1],
+  "grad": lambda layer, x: nn.grad(_tanh_sum, layer, x)[0],
+  "value_and_grad": lambda layer, x: nn.value_and_grad(_tanh_sum, layer, x)[1][0],
+}
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_a_derivative_inside_of_a_model(kind):
+  """Its forward pass counts once."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return DERIVATIVES[kind](nn.Dense(D, name="layer"), x)
+
+  x = uniform(N, D)
+  params = init(Model(), x)
+  with sow_statistics():
+    y, aux = Model().apply({"params": params}, x, mutable=["intermediates"])
+  chex.assert_trees_all_equal(y, Model().apply({"params": params}, x))
+  check(aux["intermediates"]["layer"]["layer_statistics"], x, examples=N)
+
+
+@pytest.mark.slow
+def test_blocks_under_remat_scan():
+  """A stack of two axes, whose backward pass calls the layers again."""
+
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.tanh(nn.Dense(D, name="layer")(x))
+
+  class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.remat_scan(Layer, lengths=(2, 3))(name="blocks")(x)
+
+  class Loop(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for i in range(6):
+        x = nn.tanh(nn.Dense(D, name=f"layer_{i}")(x))
+      return x
+
+  x = uniform(N, D)
+  params = init(Blocks(), x)
+  updates = update(Blocks(), params, x)["blocks"]["layer"]
+  unrolled = {f"layer_{i}": at(at(params["blocks"]["layer"], i // 3), i % 3) for i in range(6)}
+  expected = update(Loop(), unrolled, x)
+  for i in range(6):
+    found = at(at(updates, i // 3), i % 3)
+    chex.assert_trees_all_close(found, expected[f"layer_{i}"], rtol=1e-4, atol=1e-6)

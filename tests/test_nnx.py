@@ -496,6 +496,38 @@ def test_the_table_of_a_transformed_method(transform, method):
   assert [*layers] == [("first", "kernel"), ("second", "kernel")]
 
 
+def tanh_sum(layer, x):
+  return jnp.sum(nnx.tanh(layer(x)))
+
+
+DERIVATIVES = {
+  "grad": lambda layer, x: nnx.grad(tanh_sum, argnums=1)(layer, x),
+  "value_and_grad": lambda layer, x: nnx.value_and_grad(tanh_sum, argnums=1)(layer, x)[1],
+  "vjp": lambda layer, x: nnx.vjp(tanh_sum, layer, x, graph=False)[1](jnp.ones(()))[1],
+  "jvp": lambda layer, x: nnx.jvp(lambda x: nnx.tanh(layer(x)), (x,), (x,), graph=False)[1],
+}
+
+
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_a_derivative_inside_of_a_model(kind):
+  """Its forward pass counts once."""
+
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(5, 5, rngs=rngs)
+
+    def __call__(self, x):
+      return DERIVATIVES[kind](self.layer, x)
+
+  model, x = Model(rngs()), uniform(N, 5)
+  with sow_statistics():
+    y, stats = nnx.capture(model, Statistics)(x)
+  chex.assert_trees_all_equal(y, model(x))
+  found = statistics(stats, "layer")
+  assert (found.rows, found.examples) == (N, N)
+  np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-6)
+
+
 class MasksOfItsParts(nnx.Module):
   """A model that enters the context of each part itself."""
 
