@@ -504,7 +504,6 @@ DERIVATIVES = {
   "grad": lambda layer, x: nnx.grad(tanh_sum, argnums=1)(layer, x),
   "value_and_grad": lambda layer, x: nnx.value_and_grad(tanh_sum, argnums=1)(layer, x)[1],
   "vjp": lambda layer, x: nnx.vjp(tanh_sum, layer, x, graph=False)[1](jnp.ones(()))[1],
-  "jvp": lambda layer, x: nnx.jvp(lambda x: nnx.tanh(layer(x)), (x,), (x,), graph=False)[1],
 }
 
 
