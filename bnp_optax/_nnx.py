@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import types
 from typing import Any
 
 from flax import nnx
@@ -65,7 +66,8 @@ def register(
 ) -> None:
   """Register a class of linear layers that are not NNX's own.
 
-  It is `bnp_optax.linen.register` for NNX. The parameters are attributes of the layer.
+  It is `bnp_optax.linen.register` for NNX, with the same arguments and errors. The parameters are
+  attributes of the layer.
 
   Examples:
     >>> import bnp_optax, jax, jax.numpy as jnp
@@ -79,16 +81,6 @@ def register(
     >>> layers = bnp_optax.nnx.layers(Projection(nnx.Rngs(0)), jnp.ones((4, 2)))
     >>> layers[("weight",)].feature, layers[("weight",)].output
     ((1,), (0,))
-
-  Args:
-    layer_class: As in `bnp_optax.linen.register`.
-    equation: As in `bnp_optax.linen.register`.
-    kernel: As in `bnp_optax.linen.register`.
-    bias: As in `bnp_optax.linen.register`.
-    method: As in `bnp_optax.linen.register`.
-
-  Raises:
-    ValueError: As in `bnp_optax.linen.register`.
   """
   covered = [_READERS.get((base, method), ()) for base in layer_class.__mro__[1:]]
   check_registration(layer_class, equation, method, kernel, covered)
@@ -101,17 +93,7 @@ def report(
 ) -> None:
   """Report a product of inputs and a kernel from inside a module of your own.
 
-  It is `bnp_optax.linen.report` for NNX.
-
-  Args:
-    module: As in `bnp_optax.linen.report`.
-    kernel: As in `bnp_optax.linen.report`.
-    inputs: As in `bnp_optax.linen.report`.
-    equation: As in `bnp_optax.linen.report`.
-    bias: As in `bnp_optax.linen.report`.
-
-  Raises:
-    ValueError: As in `bnp_optax.linen.report`.
+  It is `bnp_optax.linen.report` for NNX, with the same arguments and errors.
   """
   if (active := _active.get()) is not None:
     report_call, _ = active
@@ -216,8 +198,11 @@ def _recurrent_method(original: Callable[..., Any]) -> Callable[..., Any]:
     if _active.get() is None:
       return original(self, *args, **kwargs)
     cell_class = next(x for x in type(self.cell).__mro__ if "__call__" in vars(x))
+    # By default the statistics would be a part of the carry of the scan, whose structure is fixed.
+    axes = nnx.StateAxes({Statistics: 0, **self.state_axes})
+    layer = types.SimpleNamespace(**{**vars(self), "state_axes": axes})
     with _cell_patches.applied({(cell_class, "__call__"): _cell_method}):
-      return with_index(original)(self, *args, **kwargs)
+      return with_index(original)(layer, *args, **kwargs)
 
   return call
 

@@ -74,19 +74,18 @@ class Masks:
   """The mask of each call: one for all, that of the longest prefix of a path, or a function's."""
 
   def __init__(self, mask: Mask | Mapping[str, Mask] | MaskFn) -> None:
-    """Convert the masks to arrays of booleans."""
+    """Keep the masks by prefix, or the function."""
     self._choose = mask if callable(mask) else None
-    by_prefix = mask if isinstance(mask, Mapping) else {"": None if callable(mask) else mask}
-    self._masks = {prefix: _as_booleans(x) for prefix, x in by_prefix.items()}
+    self._masks = mask if isinstance(mask, Mapping) else {"": None if callable(mask) else mask}
     self._unused = {prefix for prefix in self._masks if prefix}
     # A function that was traced under an equal key would keep its masks, and skip check_prefixes.
     unique = isinstance(mask, Mapping) or callable(mask)
     self.key: Hashable = object() if unique else _array_key(self._masks[""])
 
-  def of_call(self, layer: Any, call: Call, path: Path) -> jax.Array | None:
+  def of_call(self, layer: Any, call: Call, path: Path) -> Mask:
     """Return the mask of a call of the layer at a path; None if it has none."""
     if self._choose is not None:
-      return _as_booleans(self._choose(layer, call.inputs))
+      return self._choose(layer, call.inputs)
     prefixes = [prefix for prefix in self._masks if has_prefix((*path, call.kernel), prefix)]
     self._unused.difference_update(prefixes)
     return self._masks[max(prefixes, key=len)] if prefixes else None
@@ -99,10 +98,6 @@ class Masks:
         "prefix is the start of a layer's path in the table of bnp_optax.linen.layers(model, "
         "*inputs)."
       )
-
-
-def _as_booleans(mask: Mask) -> jax.Array | None:
-  return None if mask is None else jnp.asarray(mask).astype(bool)
 
 
 def eval_shape(function: Callable[..., Any], axis_name: AxisName | None, *args: Any) -> Any:
@@ -131,18 +126,25 @@ def statistics_reporter(
   ``locate`` returns the path of the layer of a call, for its mask and for errors.
   """
   check_examples(examples, example_axes)
-  counted: dict[int, str] = {}
+  counted: dict[tuple[int, int], tuple[str, Mask]] = {}
 
   def record(module: Any, call: Call) -> LayerStatistics | NoStatistics | None:
     if exclude is not None and exclude(module, call.inputs):
       return None
     path = locate(module, call)
-    name, mask = show_path(path), masks.of_call(module, call, path)
+    name, given = show_path(path), masks.of_call(module, call, path)
+    mask = None if given is None else jnp.asarray(given).astype(bool)
     statistics = call_statistics(call, name, examples, example_axes, mask, axis_name)
     if examples is None and isinstance(statistics, LayerStatistics):
-      counted.setdefault(math.prod(call.example_shape(example_axes)), name)
+      # A mask of whole examples changes their number, which is unknown while tracing.
+      of_examples = None if mask is None or mask.ndim > example_axes else given
+      count = math.prod(call.example_shape(example_axes))
+      counted.setdefault((count, id(of_examples)), (name, of_examples))
       if len(counted) > 1:
-        layers = " and ".join(f"{n} in layer {name}" for n, name in counted.items())
+        layers = " and ".join(
+          f"{n} {'' if x is None else 'before its mask '}in layer {name}"
+          for (n, _), (name, x) in counted.items()
+        )
         part = "" if axis_name is None else f", counted in one part along {axis_name!r} alone,"
         raise ValueError(
           f"The layers disagree about the number of examples: {layers}. Pass the number that the "
@@ -167,7 +169,7 @@ def check_examples(examples: int | jax.Array | None, example_axes: int) -> None:
     )
 
 
-def _array_key(x: int | jax.Array | None) -> Hashable:
+def _array_key(x: jax.typing.ArrayLike | None) -> Hashable:
   """Return a hashable cache key for an array, which is a constant of what is traced under it."""
   if x is None:
     return None

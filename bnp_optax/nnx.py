@@ -59,9 +59,9 @@ def sow_statistics(
   is thread-safe: a context records the calls of its own thread.
 
   Under `flax.nnx.scan` and `flax.nnx.vmap`, `Statistics` are stacked along axis 0, as parameters
-  are by default. In a scan over time and in `flax.nnx.RNN` the parameters are the same at each
-  step: pass ``nnx.StateAxes({Statistics: 0, ...: None})`` or ``nnx.Carry``. Under `jax.shard_map`,
-  `jax.pmap` and `flax.nnx.vmap` over examples, pass the mapped axis as ``axis_name``; the
+  are by default. In a scan over time of your own, the parameters are the same at each step: pass
+  ``nnx.StateAxes({Statistics: 0, ...: nnx.Carry})`` as its axis of the module. Under
+  `jax.shard_map`, `jax.pmap` and `flax.nnx.vmap` over examples, pass ``axis_name``; the
   statistics are then those of all examples along it, and ``out_axes=(0, None)`` returns them once.
 
   Examples:

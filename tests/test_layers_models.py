@@ -186,11 +186,7 @@ class NnxRowLSTM(nnx.Module):
   """An LSTM over the rows of an image."""
 
   def __init__(self, rngs):
-    self.rnn = nnx.RNN(
-      nnx.OptimizedLSTMCell(28, 16, rngs=rngs),
-      state_axes=nnx.StateAxes({bnp_optax.nnx.Statistics: 0, ...: nnx.Carry}),
-      rngs=rngs,
-    )
+    self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(28, 16, rngs=rngs), rngs=rngs)
     self.head = nnx.Linear(16, 10, rngs=rngs)
 
   def __call__(self, x):

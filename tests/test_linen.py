@@ -580,6 +580,31 @@ def test_a_function_traced_before_without_axis_name():
   assert (alone.tolist(), whole) == ([2, 2, 2, 2], 8)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_masks_of_examples_that_differ_need_the_number_of_examples(whole):
+  """Masks of positions leave the number of examples as it is."""
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3, name="second")(nn.Dense(4, name="first")(x))
+
+  x = uniform(4, 2, 5)
+  masks = np.array([[1, 1], [1, 0], [0, 1], [1, 1]]), np.ones((4, 2), int)
+  if whole:
+    masks = [mask.any(1) for mask in masks]
+  context = {"mask": dict(zip(("first", ""), masks, strict=True))}
+  params = init(Model(), x)
+  if whole:
+    match = "4 before its mask in layer first and 4 before its mask in layer second"
+    with pytest.raises(ValueError, match=match):
+      sow(Model(), params, x, context=context)
+    context["examples"] = 4
+  stats = sow(Model(), params, x, context=context)
+  found = [stats[name]["layer_statistics"] for name in ("first", "second")]
+  assert [s.examples for s in found] == [4, 4]
+
+
 def test_an_axis_name_of_no_mapped_axis():
   x = uniform(4, 5)
   params = init(nn.Dense(3), x)

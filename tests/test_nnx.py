@@ -124,7 +124,7 @@ TWINS = {
 
 
 def rnn(cell):
-  return nnx.RNN(cell, state_axes=nnx.StateAxes({Statistics: 0, ...: nnx.Carry}))
+  return nnx.RNN(cell)
 
 
 def as_in_linen(state):
@@ -736,6 +736,27 @@ def test_a_function_traced_before_with_the_masks_of_another_function():
       stats = nnx.capture(forward, Statistics)(model)[1]
     for name, length in (("query", 4), ("key", 6)):
       assert statistics(stats, "attention", name).rows == int(masks[length].sum())
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_masks_of_tokens_that_differ_need_the_number_of_examples(transform):
+  """The query counts other tokens than the key, both of one shape."""
+  model, x = build(Attends), uniform(N, 4, 5)
+  graph, state = nnx.split(model)
+
+  def forward(state, source, target, **context):
+    model = nnx.merge(graph, state)
+    mask = lambda layer, _: source if layer is model.attention.key else target
+    with sow_statistics(mask=mask, example_axes=2, **context):
+      return nnx.capture(model, Statistics)(x, x)[1]
+
+  source, target = padding([2, 4, 1], 4), padding([3, 3, 2], 4)
+  with pytest.raises(ValueError, match=r"disagree .* 12 before its mask in .* Pass the number"):
+    transform(forward)(state, source, target)
+  stats = transform(functools.partial(forward, examples=8))(state, source, target)
+  assert statistics(stats, "attention", "key").examples == 8
+  one = transform(lambda state, mask: forward(state, mask, mask))(state, source)
+  assert statistics(one, "head").examples == 7
 
 
 def test_a_function_as_mask_that_gives_another_shape_is_refused():

@@ -94,7 +94,7 @@ def test_single_steps_are_left_out(framework, name, example_axes):
     weights = cell["i"]["kernel"], cell["i"]["bias"], cell["h"]["kernel"]
   else:
     cell = nnx.SimpleCell(D, H, rngs=nnx.Rngs(0), **F64)
-    model = nnx.RNN(cell, state_axes=STATE_AXES, **options)
+    model = nnx.RNN(cell, **options)
 
     @nnx.jit
     def forward(model, inputs):
@@ -308,7 +308,7 @@ bnp_optax.nnx.register(Projection, lambda layer, carry, x: (x, "...d,df->...f"),
   ids=["inherits", "registered"],
 )
 def test_nnx_cells_of_other_classes(cell, layer):
-  model = nnx.RNN(cell(nnx.Rngs(0)), state_axes=STATE_AXES)
+  model = nnx.RNN(cell(nnx.Rngs(0)))
   x = jnp.asarray(sequences(D))
   with bnp_optax.nnx.sow_statistics(mask=MASK):
     stats = nnx.to_pure_dict(nnx.capture(model, Statistics)(x)[1])["cell"]
