@@ -11,7 +11,7 @@ Then it trains again from 100 steps before the end, with half the rate and with 
 
 Command: `python benchmarks/high_rate.py compare follow report figure`, 20 minutes. Needs
 `bnp_experiments` and CIFAR-10.
-Quoted by: docs/diagnostics.md, "A run that blew up".
+Quoted by: docs/diagnostics.md, "A run that diverged".
 """
 
 import argparse

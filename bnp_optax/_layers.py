@@ -24,7 +24,7 @@ class LayerEntry:
     positions: Number of output positions of an example, over all calls; None if unknown.
     layout: Layout of the kernel; None if BNP does not precondition it.
     size: Number of parameters, including those of the bias.
-    note: How BNP treats it, or why BNP does not.
+    note: How BNP treats it, or why BNP does not precondition it.
     covered: False for a linear layer that BNP cannot precondition; None if it is unknown whether a
       parameter of two or more axes belongs to a linear layer.
   """

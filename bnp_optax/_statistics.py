@@ -39,7 +39,7 @@ class LayerStatistics:
 
   All five fields add over batches. ``within + between`` is the plain sum of squares. It is kept in
   two parts because :math:`E[h^2] - E[h]^2` cancels: in float32 it loses the variance of inputs
-  whose mean is some thousand deviations away from zero. ``within`` does not.
+  whose mean is about a thousand deviations away from zero. ``within`` does not.
 
   Two batches are merged by adding every field:
 
@@ -138,7 +138,7 @@ def layer_statistics(
 
   Args:
     inputs: Inputs of the layer, ``[*leading, *stack, features]``; any real dtype.
-    examples: Number of these inputs that the loss is a mean over.
+    examples: Number of examples that the loss is a mean over.
     rows: Number of rows of ``H`` that the inputs make, before masking.
     mask: Nonzero for the leading positions that count, ``[*leading]``; None for all.
     stack: Number of stack axes.

@@ -87,20 +87,20 @@ def sow_statistics(
     (Array(4., dtype=float32), Array([3., 4.], dtype=float32), Array([5., 5.], dtype=float32))
 
   Args:
-    examples: Number of examples that the loss is a mean over, an integer or a scalar array, the
-      same for every layer; with `axis_name` or micro-batches, the number in one part. None to count
-      the leading axes of each layer's inputs, without the examples that its mask leaves out; the
-      layers within the context must then agree.
+    examples: Number of examples that the loss is a mean over, a number above 0 or a scalar array,
+      the same for every layer; with `axis_name` or micro-batches, the number in one part. None to
+      count the leading axes of each layer's inputs, without the examples that its mask leaves out;
+      the layers within the context must then agree, and have the same mask of examples.
     example_axes: Number of leading axes that count examples in the loss: 1 for a mean over
       sequences or images, 2 for a mean over the tokens of ``[batch, time, features]``, 0 if
       `jax.vmap` maps single examples.
     mask: True, or nonzero, for positions that count and False for padding. Its axes, such as
-      ``[batch]`` or ``[batch, time]``, are the leading axes of every layer's inputs, with the zeros
-      that a transposed convolution inserts. Where inputs lack some of them, as in a head after
-      pooling, an example counts if any of its positions does. The cell of an `nn.RNN` has the
-      mask of its inputs, ``[batch, time]`` also with ``time_major``. A mapping from prefixes of the
-      layers' paths to masks or None gives each layer the mask of its longest prefix, as in
-      ``{"encoder": source, "": target}``. A layer without one has no mask.
+      ``[batch]`` or ``[batch, time]``, are the leading axes of every layer's inputs. Those of a
+      transposed convolution include the zeros between its inputs. Where inputs lack some of them,
+      as in a head after pooling, an example counts if any of its positions does. The cell of an
+      `nn.RNN` has the mask of its inputs, ``[batch, time]`` also with ``time_major``. A mapping
+      from prefixes of the layers' paths to masks or None gives each layer the mask of its longest
+      prefix, as in ``{"encoder": source, "": target}``. A layer without one has no mask.
     axis_name: Name of the mapped axis that the examples are split over, or a tuple of names, as in
       `flax.linen.BatchNorm`. The statistics, and the number of examples, are then those of the
       whole batch and are equal along the axis.

@@ -135,7 +135,7 @@ def draw(
     axes.spines[["top", "right"]].set_visible(False)
   values = np.concatenate([np.ravel(record["curve"]) for record in records]).astype(float)
   low, high = np.nanmin(values), np.nanmax(values)
-  # Runs that blew up, and trials that diverged, are beyond the axis.
+  # Runs and trials that diverged are beyond the axis.
   if low > 0 and high > 30 * low:
     high = min(high, 100 * np.nanmedian(values))
     time.set(yscale="log", ylim=(low / 1.3, 1.3 * high))

@@ -5,7 +5,7 @@ is :math:`\hat H^T S \hat H` (Propositions 2 and 9). BNP changes it to
 :math:`P^T \hat H^T S \hat H P` (Theorem 3). The condition number of the Hessian determines the rate
 of convergence of gradient descent (Theorem 1). This package computes these matrices for any layer
 that BNP covers. `survey` predicts, before training, the effect of BNP on the conditioning of each
-layer of a model. `diagnose` reports the condition of each layer during training.
+layer of a model. `diagnose` reports the problems of each layer during training.
 """
 
 from bnp_optax.conditioning._diagnostics import Diagnostics, diagnose, heat_map

@@ -1,4 +1,4 @@
-"""`diagnose`: the condition of each layer during training, from the statistics alone."""
+"""`diagnose`: diagnostics of each layer during training, from the statistics alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FREQUENT_GUARD = 0.5
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-  r"""The condition of each layer at one step. Printed, it is a table.
+  r"""The diagnostics of each layer at one step. Printed, it is a table.
 
   Every array is ``[layers]``, float32, in the order of ``names``, or ``[steps, layers]`` if the
   diagnostics of several steps are stacked; the table is then that of the last step. A stack of
@@ -116,7 +116,7 @@ def diagnose(
   lag_guard: ArrayLike | None = None,
   layers: Layouts | None = None,
 ) -> Diagnostics:
-  r"""Report the condition of each layer, from BNP's state and the statistics of one batch.
+  r"""Compute the diagnostics of each layer, from BNP's state and the statistics of one batch.
 
   Call it in the training step, after ``update``, with the arguments and the new state of
   ``update``. It works under `jax.jit` and `jax.lax.scan` and costs O(features) for each layer.

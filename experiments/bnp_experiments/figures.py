@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 INK = "#333333"
 _CROWDED = 0.9
 _WIDE = 20
-# A run blew up if its loss exceeds the first number times the median loss of the first epoch. The
+# A run diverged if its loss exceeds the first number times the median loss of the first epoch. The
 # axis then ends at the second number times this median.
 _BLOWN_UP, _SHOWN = 10, 1.5
 _RATES_SHOWN_AT = (1, 6, 60)
@@ -314,7 +314,7 @@ def _scale_accuracy(axes: Axes, best: np.ndarray) -> None:
 def _scale_loss(panels: Iterable[Axes], gathered: list[Outcome]) -> str:
   """Scale losses, and return a note for the footer.
 
-  The axis is logarithmic if their range is wide, and ends below the losses of a run that blew up.
+  The axis is logarithmic if their range is wide, and ends below the losses of a run that diverged.
   """
   losses = np.concatenate([outcome.train_loss.ravel() for outcome in gathered])
   losses = losses[np.isfinite(losses)]
