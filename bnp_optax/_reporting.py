@@ -48,13 +48,14 @@ class Reporter:
   leave: Callable[[Any, int | None], Any] = lambda value, axis: value
   fixed_examples: bool = True  # Whether a mapped axis does not change the number of examples.
   covers_nested: bool = False  # Whether it reports calls within contexts that the model enters.
+  needs_windows: bool = False  # Whether `exact_windows` is also that of those contexts.
 
   def nested(self, inner: Any) -> Reporter:
     """Return the reporter of a context of ``inner`` that is entered within one of this reporter."""
     if not self.covers_nested:
       return inner
-    exact_windows, key = self.exact_windows or inner.exact_windows, (self.key, inner.key)
-    return dataclasses.replace(self, exact_windows=exact_windows, key=key)
+    exact_windows = self.needs_windows or inner.exact_windows
+    return dataclasses.replace(self, exact_windows=exact_windows, key=(self.key, inner.key))
 
   def report(self, module: Any, collection: Any, call: Call, outputs: Any) -> Any:
     """Sow the record of a call beside its kernel, merged with earlier ones; return the outputs."""

@@ -154,21 +154,25 @@ def count_examples(
   count = counts[0]
 
   def count_call(tap: Any) -> Any:
-    counted = _follow({name: tap[name] for name in ("examples", "share")}, arrays[0])
+    counted = _follow({name: tap[name] for name in ("examples", "share")}, *arrays)
     return _count(count, count / tapped.examples, {**tap, **counted})
 
   unclear = batch_argument is None and len(set(counts)) > 1
   return map_taps(count_call, params), (count, unclear)
 
 
-def _follow(tree: Any, reference: jax.Array) -> Any:
-  """Return a tree, mapped over every axis that ``reference`` is mapped over.
+def _follow(tree: Any, *references: jax.Array) -> Any:
+  """Return a tree, mapped over every axis that one of ``references`` is mapped over.
 
   Without it, vmap calls the backward pass once for all examples if the tree does not depend on
   them, and shard_map requires equal cotangents on all devices.
   """
-  corner = (slice(1),) * jnp.ndim(reference)
-  either = replicated(jnp.asarray(reference), lambda x: jnp.any(x[corner].astype(bool)))
+
+  def first_corner(x: jax.Array) -> jax.Array:
+    return jnp.any(x[(slice(1),) * x.ndim].astype(bool))
+
+  corners = [replicated(jnp.asarray(x), first_corner) for x in references]
+  either = functools.reduce(jnp.logical_or, corners)
   return jax.tree.map(lambda x: jnp.where(either, x, x), tree)
 
 

@@ -186,6 +186,14 @@ def test_the_equation_of_a_call():
   check(sow(model, params, x)["up"]["layer_statistics_w"], x)
 
 
+def test_the_equation_by_keyword():
+  model, x = ByArgument((5, 3)), uniform(7, 5)
+  with bnp_optax.linen.sow_statistics():
+    variables = {"params": {"w": uniform(5, 3)}}
+    _, aux = model.apply(variables, eqn="bd,df->bf", x=x, mutable=["intermediates"])
+  check(aux["intermediates"]["layer_statistics_w"], x)
+
+
 def test_inputs_by_keyword():
   model, x, params = with_params((Named(4), (7, 5)))
   with bnp_optax.linen.sow_statistics():
@@ -392,6 +400,20 @@ def test_a_class_whose_base_class_reports_the_kernel_is_refused():
   check(stats["layer_statistics_V"], x)
 
 
+def test_a_class_that_calls_the_same_method_of_another_layer():
+  class Residual(Coder):
+    other: nn.Module | None = None
+
+    def encode(self, x):
+      return x @ self.a + self.other.encode(x)
+
+  register(Residual, "...d,df->...f", kernel="a", bias=None, method="encode")
+  model, x, params = with_params((Residual(Coder()), (7, 5)))
+  stats = sow(model, params, x, method="encode")
+  check(stats["layer_statistics_a"], x)
+  check(stats["other"]["layer_statistics_a"], x)
+
+
 def checked(method):
   """Decorate a method as runtime type checkers do."""
 
@@ -541,6 +563,7 @@ def test_a_bias_of_another_shape():
     ("bd,...df->bf", "the kernel has an ellipsis"),
     ("bd,df->bfx", "the output's axis 'x' is in neither operand"),
     ("bd,dd->bd", "an axis appears twice in one operand"),
+    ("bd,df->bff", "an axis appears twice in one operand"),
     ("bd,df->bd", "the kernel's axis 'f' is summed alone"),
   ],
 )
@@ -548,6 +571,20 @@ def test_equations_for_which_bnp_is_not_defined(equation, problem):
   model = Reporter("w", equation)
   with pytest.raises(ValueError, match=f"w: in .* {problem}"):
     bnp_optax.linen.layers(model, uniform(7, 5), strict=True)
+
+
+def test_a_bias_before_the_stack():
+  """Its shape does not matter, as BNP is not defined."""
+
+  class Biased(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      w, b = self.param("w", normal, (2, 5, 4)), self.param("b", normal, (4, 2))
+      bnp_optax.linen.report(self, "w", x, "bed,edf->bfe", bias="b")
+      return jnp.einsum("bed,edf->bfe", x, w) + b
+
+  with pytest.raises(ValueError, match="an output axis stands before a batch axis"):
+    bnp_optax.linen.layers(Biased(), uniform(7, 2, 5), strict=True)
 
 
 # NNX.
@@ -621,6 +658,23 @@ def test_nnx():
   # Outside of the context it is an ordinary module.
   assert model(x).shape == (7, 4)
   assert NnxNamed.__call__.__qualname__ == "NnxNamed.__call__"
+
+
+class NnxTwoKernels(nnx.Module):
+  def __init__(self, rngs):
+    self.v, self.w = (nnx.Param(rngs.normal((5, 3))) for _ in range(2))
+
+  def __call__(self, x):
+    return (x @ self.v[...]) * (x @ self.w[...])
+
+
+for _kernel in "vw":
+  bnp_optax.nnx.register(NnxTwoKernels, "...d,df->...f", kernel=_kernel, bias=None)
+
+
+def test_an_nnx_class_registered_once_for_each_kernel():
+  layers = bnp_optax.nnx.layers(NnxTwoKernels(nnx.Rngs(0)), uniform(7, 5), strict=True)
+  assert set(layers) == {("v",), ("w",)}
 
 
 def test_nnx_errors():

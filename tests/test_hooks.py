@@ -182,6 +182,50 @@ def test_large_variables_are_not_computed():
   assert [layout.feature for layout in layers.values()] == [(1,), (1,)]
 
 
+class Permuted(nn.Module):
+  """A convolution whose kernel is transposed by each of several functions, the outermost first."""
+
+  orders: tuple[tuple[int, ...], ...]
+
+  @nn.compact
+  def __call__(self, x):
+    call = lambda module: nn.Conv(2, (3,), name="layer", use_bias=False)(x)
+    for order in reversed(self.orders):
+      turn, back = (
+        lambda tree, axes=axes: jax.tree.map(lambda a: a.transpose(axes), tree)
+        for axes in (order, np.argsort(order))
+      )
+      call = nn.map_variables(call, "params", turn, back, mutable=True)
+    return call(self)
+
+
+@pytest.mark.parametrize("orders", [[(1, 2, 0)], [(1, 2, 0), (1, 0, 2)], [(1, 0, 2), (0, 2, 1)]])
+def test_kernels_that_are_transposed_more_than_once(orders):
+  x, model = uniform(4, 6, 5), Permuted(tuple(orders))
+  (entry,) = bnp_optax.linen.layers(model, x, strict=True).entries
+  axes = np.arange(3)
+  for order in orders:
+    axes = axes[list(order)]
+  layout = entry.layout
+  assert (*layout.window, *layout.feature, *layout.output) == tuple(axes)
+  assert [entry.shape[axis] for axis in axes] == [3, 5, 2]
+
+
+def test_a_cast_to_another_dtype():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      cast, back = (
+        lambda tree, dtype=dtype: jax.tree.map(lambda a: a.astype(dtype), tree)
+        for dtype in (jnp.bfloat16, jnp.float32)
+      )
+      layer = lambda module: nn.Dense(4, dtype=jnp.bfloat16, name="layer")(x)
+      return nn.map_variables(layer, "params", cast, back, mutable=True)(self)
+
+  layers = bnp_optax.linen.layers(Model(), uniform(8, 5), strict=True)
+  assert layers["layer", "kernel"] == bnp_optax.KernelLayout()
+
+
 @jax.custom_vjp
 def binary(a):
   return jnp.sign(a)
@@ -275,6 +319,30 @@ def test_a_function_that_scales_the_bias_is_refused():
   x, model = uniform(8, 5), Mapped(4, lambda a: 2 * a if a.ndim == 1 else a, use_bias=True)
   with pytest.raises(ValueError, match=r"layer/kernel: .* or changes its bias"):
     bnp_optax.linen.layers(model, x, strict=True)
+
+
+def test_a_function_that_transposes_the_bias_is_refused():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      turn = lambda tree: jax.tree.map(lambda a: a.T if a.ndim == 2 else a, tree)
+      layer = lambda module: nn.DenseGeneral((3, 3), name="layer")(x)
+      return nn.map_variables(layer, "params", turn, turn, mutable=True)(self)
+
+  with pytest.raises(ValueError, match=r"layer/kernel: .* or changes its bias"):
+    bnp_optax.linen.layers(Model(), uniform(8, 5), strict=True)
+
+
+def test_a_function_of_other_variables():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      def layers(module):
+        return nn.BatchNorm(True, name="norm")(nn.Dense(3, name="layer")(x))
+
+      return nn.map_variables(layers, "batch_stats", mutable=True)(self)
+
+  assert [*bnp_optax.linen.layers(Model(), uniform(8, 5), strict=True)] == [("layer", "kernel")]
 
 
 @pytest.mark.parametrize("first", ["plain", "mapped"])
@@ -411,6 +479,15 @@ def test_an_excluded_call():
   assert not np.allclose(different["head"]["kernel"], expected["head"]["kernel"], rtol=1e-2)
   with pytest.raises(ValueError, match="No statistics for head"):
     update(Map(True), params, x, exclude=lambda layer, x: layer.name == "head")
+
+
+def test_a_function_traced_before_with_another_exclude():
+  x, model = uniform(4, 3), nn.Sequential([nn.Dense(2), nn.Dense(2)])
+  params = init(model, x)
+  forward = jax.jit(lambda x: model.apply({"params": params}, x, mutable=["intermediates"])[1])
+  for name in ("layers_0", "layers_1"):
+    with sow_statistics(exclude=lambda layer, x, name=name: layer.name == name):
+      assert name not in forward(x)["intermediates"]
 
 
 def test_an_excluded_call_of_nnx():

@@ -333,6 +333,26 @@ def test_a_scan_over_a_scope_with_other_intermediates():
   np.testing.assert_allclose(stats["before"][0], x.sum(), rtol=1e-6)
 
 
+def test_a_scan_that_carries_the_intermediates():
+  class Carried(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.Dense(D, name="layer")
+      layer(x[:, 0])
+      scan = nn.scan(
+        lambda layer, carry, x: (carry, layer(x)),
+        variable_broadcast="params",
+        variable_carry="intermediates",
+        in_axes=1,
+        out_axes=1,
+      )
+      return scan(layer, (), x)[1]
+
+  x, model = uniform(N, T, D), Carried()
+  stats = sow(model, init(model, x), x)["layer"]["layer_statistics"]
+  check(stats, np.concatenate([x[:, 0], x.reshape(-1, D)]), examples=N)
+
+
 # A vmap with shared parameters maps examples, or something else.
 
 

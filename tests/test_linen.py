@@ -127,6 +127,24 @@ def test_the_second_call_compiles_nothing():
 # Every way to build a model.
 
 
+def test_a_jitted_module_is_traced_once_without_jit_around_it():
+  traces = []
+
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      traces.append(None)
+      return nn.Dense(3)(x)
+
+  # Its first call is within a context.
+  model, x = nn.jit(Layer)(), uniform(4, 5)
+  params = {"Dense_0": {"kernel": uniform(5, 3), "bias": uniform(3)}}
+  for _ in range(3):
+    with sow_statistics():
+      model.apply({"params": params}, x, mutable=["intermediates"])
+  assert len(traces) == 1
+
+
 class Tied(nn.Module):
   """One layer, called three times."""
 
@@ -420,6 +438,16 @@ def test_masks_by_prefix_with_an_inner_function_that_was_traced_before():
   for _ in range(2):
     with sow_statistics(mask={"": np.array([1, 0, 1, 1])}):
       assert forward(x)["intermediates"]["layer_statistics"].rows == 3
+
+
+def test_a_function_traced_before_with_other_masks_by_prefix():
+  x, model = uniform(4, 3), nn.Sequential([nn.Dense(2), nn.Dense(2)])
+  params = init(model, x)
+  forward = jax.jit(lambda x: model.apply({"params": params}, x, mutable=["intermediates"])[1])
+  for mask in ([1, 0, 1, 1], [1, 0, 0, 0]):
+    with sow_statistics(mask={"": np.ones(4), "layers_1": np.array(mask)}, examples=4):
+      stats = forward(x)["intermediates"]
+    assert stats["layers_1"]["layer_statistics"].rows == sum(mask)
 
 
 @pytest.mark.parametrize("cast", [np.asarray, lambda m: 3 * m.astype(int), lambda m: m.tolist()])

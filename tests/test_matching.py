@@ -172,6 +172,25 @@ def test_a_layer_that_reports_another_layout(reported):
   )
 
 
+def test_a_table_of_a_call_that_did_not_report_a_kernel():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x, report=True):
+      w = self.param("w", nn.initializers.normal(), (5, 3))
+      if report:
+        bnp_optax.linen.report(self, "w", x, "...d,df->...f")
+      return nn.Dense(3, name="dense")(x) + x @ w
+
+  x, key = jnp.ones((4, 5)), jax.random.key(0)
+  tx = bnp_optax.scale_by_bnp(layers=bnp_optax.linen.layers(Model(), x, report=False))
+  params = Model().init(key, x)["params"]
+  with bnp_optax.linen.sow_statistics():
+    _, aux = Model().apply({"params": params}, x, mutable=["intermediates"])
+  update = functools.partial(tx.update, params, tx.init(params))
+  match = "layers= has no layer w: it is .* a call without the layer"
+  raises(match, update, stats=aux["intermediates"])
+
+
 def test_exact_windows_in_the_statistics_alone():
   """Under a stack, which the layer does not report, `exact_windows` must still agree."""
   reported = dataclasses.replace(KernelLayout.by_convention(3), exact_windows=True)

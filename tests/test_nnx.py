@@ -323,6 +323,15 @@ def test_lora():
     check_update(layers, model, grads, stats, entries)
 
 
+def test_lora_in_low_precision():
+  model, x = nnx.LoRA(5, 2, 4, dtype=jnp.bfloat16, rngs=rngs()), uniform(N, 5)
+  with sow_statistics():
+    _, stats = nnx.capture(model, Statistics)(x)
+  hidden = x.astype(jnp.bfloat16) @ model.lora_a[...].astype(jnp.bfloat16)
+  found = stats["layer_statistics_lora_b"].get_value()
+  np.testing.assert_array_equal(found.mean, hidden.astype(jnp.float32).mean(0))
+
+
 # It changes nothing.
 
 
@@ -467,6 +476,15 @@ def test_without_capture():
   tx = bnp_optax.scale_by_bnp()
   with pytest.raises(ValueError, match=r"nnx.capture\(model, bnp_optax.nnx.Statistics\)"):
     tx.update(before, tx.init(before), stats=sown)
+
+
+def test_a_capture_of_other_values():
+  """Its number of examples does not count."""
+  model, x = MLP(rngs()), uniform(N, 5)
+  with sow_statistics():
+    nnx.capture(model, nnx.Intermediate)(x[:1])
+    _, stats = nnx.capture(model, Statistics)(x)
+  assert statistics(stats, "layers", 0).rows == N
 
 
 def test_another_view_of_the_model_that_is_not_captured():
@@ -791,6 +809,23 @@ class Nested(nnx.Module):
     with sow_statistics(exact_windows=True):
       x = self.inner(x)
     return self.head(x)
+
+
+def test_one_jitted_function_in_two_contexts_of_the_model():
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.plain, self.exact = (nnx.Conv(3, 3, (2,), rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+      call = nnx.jit(lambda layer, x: layer(x))
+      for layer, exact_windows in ((self.plain, False), (self.exact, True)):
+        with sow_statistics(exact_windows=exact_windows):
+          x = call(layer, x)
+      return x
+
+  layers = bnp_optax.nnx.layers(Model(rngs()), uniform(N, 6, 3))
+  assert not layers["plain", "kernel"].exact_windows
+  assert layers["exact", "kernel"].exact_windows
 
 
 def test_layers_with_a_context_inside_and_a_mapped_axis():

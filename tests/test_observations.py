@@ -151,8 +151,8 @@ def test_calls_are_counted(bias):
   assert calls == {"i": (7, 7), "h": (7, 7), "once": (1, 7), "shared": (3, 21)}
 
 
-@pytest.mark.parametrize("exact_windows", [True, False])
-def test_layers_in_contexts_that_the_model_enters(exact_windows):
+@pytest.mark.parametrize(("exact_windows", "outer"), [(True, False), (False, False), (False, True)])
+def test_layers_in_contexts_that_the_model_enters(exact_windows, outer):
   """The table takes their exact_windows and none of their masks."""
 
   class Model(nn.Module):
@@ -160,17 +160,19 @@ def test_layers_in_contexts_that_the_model_enters(exact_windows):
     def __call__(self, x):
       with sow_statistics(mask={"conv": np.ones(2)}, exact_windows=exact_windows):
         h = nn.Conv(4, (3,), name="conv")(x)
+      h = nn.Conv(4, (3,), name="last")(h)
       return nn.Dense(2, name="head")(h.mean(1))
 
   x = jnp.ones((2, 5, 3))
-  layers = bnp_optax.linen.layers(Model(), x, strict=True)
-  assert list(layers) == [("conv", "kernel"), ("head", "kernel")]
+  layers = bnp_optax.linen.layers(Model(), x, strict=True, exact_windows=outer)
+  assert list(layers) == [("conv", "kernel"), ("head", "kernel"), ("last", "kernel")]
   assert layers["conv", "kernel"].exact_windows == exact_windows
+  assert layers["last", "kernel"].exact_windows == outer
   params = jax.jit(Model().init)(jax.random.key(0), x)["params"]
   tx = bnp_optax.scale_by_bnp(layers=layers)
 
   def step(params):
-    with sow_statistics():
+    with sow_statistics(exact_windows=outer):
       _, aux = Model().apply({"params": params}, x, mutable=["intermediates"])
     return tx.update(params, tx.init(params), stats=aux["intermediates"])
 

@@ -65,6 +65,7 @@ def test_dense(shape):
   ("layer", "shape", "leading", "stack"),
   [
     (nn.DenseGeneral((4, 2), (-2, -1)), (3, 6, 2, 5), (0, 1), ()),
+    (nn.DenseGeneral((4, 2), (-1, -2)), (3, 6, 2, 5), (0, 1), ()),
     (nn.DenseGeneral(4, 1), (3, 6, 2), (0, 2), ()),
     (nn.DenseGeneral((4, 2), (1, -1)), (3, 6, 2, 5), (0, 2), ()),
     (nn.DenseGeneral(4, -1, batch_dims=(0,), use_bias=False), (2, 3, 5), (1,), (0,)),
@@ -194,6 +195,21 @@ def test_conv_with_dilated_inputs():
   call, outputs, *_ = read(_readers.conv, layer, x)
   np.testing.assert_array_equal(call.inputs, unrolled.dilate(x, (2, 3)))
   assert call.rows == math.prod(outputs.shape[:-1])
+
+
+@pytest.mark.parametrize(
+  ("reader", "layer"),
+  [
+    (_readers.conv, nn.Conv(4, (2, 2), padding=1, input_dilation=(2, 3))),
+    (_readers.conv_transpose, nn.ConvTranspose(3, (3, 2), (2, 1), "SAME")),
+    (_readers.conv_transpose, nn.ConvTranspose(3, (3, 2), padding=[(1, 0), (0, 1)])),
+    (_readers.conv_transpose, nn.ConvTranspose(3, (3, 2), (2, 1), kernel_dilation=(1, 2))),
+  ],
+)
+def test_exact_windows_of_other_options(reader, layer):
+  call, outputs, kernel, bias = read(reader, layer, normal(2, 4, 3, 2), exact_windows=True)
+  actual = products(call, kernel, bias)[..., 0, :]
+  np.testing.assert_allclose(actual, outputs, rtol=1e-11, atol=1e-12)
 
 
 def test_conv_of_one_map_and_of_two_batch_axes():

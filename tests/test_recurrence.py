@@ -322,6 +322,23 @@ def test_nnx_cells_of_other_classes(cell, layer):
   }
 
 
+def test_a_jitted_nnx_cell():
+  """Its second loop has another index."""
+
+  class Jitted(nnx.SimpleCell):
+    @nnx.jit
+    def __call__(self, carry, inputs):
+      return super().__call__(carry, inputs)
+
+  model = nnx.RNN(Jitted(D, H, rngs=nnx.Rngs(0), **F64), state_axes=STATE_AXES)
+  x = jnp.asarray(sequences(D))
+  for _ in range(2):
+    with bnp_optax.nnx.sow_statistics(mask=MASK):
+      stats = nnx.to_pure_dict(nnx.capture(model, Statistics)(x)[1])["cell"]["dense_i"]
+    merged = bnp_optax.merge_calls(stats["layer_statistics"])
+    check(merged, x[MASK], examples=N, tolerance=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_tapped_counts_the_steps_of_a_loop(framework):
@@ -412,6 +429,36 @@ def test_a_part_of_the_batch_inside_a_cell(words):
   context = {"mask": MASK, "examples": N}
   match = r"Layer cell/words: the mask of shape \(5, 6\) has more axes than its inputs"
   problems.raises(match, sow, model, params, x, context=context)
+
+
+def test_two_recurrent_layers_of_a_jitted_cell():
+  """The second loop has another index. The class is jitted at its first call, in `init`."""
+  cell = nn.jit(nn.SimpleCell)
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      y = nn.RNN(cell(H, name="first", **F64))(x)
+      return nn.RNN(cell(H, name="second", **F64))(x) + y
+
+  model, x = Model(), sequences(D)
+  params = model.init(jax.random.key(0), x)["params"]
+  stats = sow(model, params, x, context={"mask": MASK})
+  for name in ("first", "second"):
+    check(stats[name]["i"]["layer_statistics"], x[MASK], examples=N, tolerance=1e-12)
+
+
+def test_a_recurrent_layer_with_a_part_of_the_batch():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):  # [words, batch, time, features]
+      rnn = nn.vmap(nn.RNN, variable_axes={"params": None}, split_rngs={"params": False})
+      return rnn(nn.SimpleCell(H, **F64), name="rnn")(x)
+
+  x = np.stack([sequences(D)] * 2)
+  params, context = init(Model(), x), {"mask": np.stack([MASK] * 2, -1), "examples": N}
+  match = r"mask of shape \(5, 6, 2\) has more axes than its inputs"
+  problems.raises(match, sow, Model(), params, x, context=context)
 
 
 class Memory(ZeroCarry):

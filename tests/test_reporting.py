@@ -127,6 +127,16 @@ def test_without_the_axes_of_the_positions_an_example_counts_if_any_of_them_does
   assert statistics(call(4), mask=mask).rows == 1
 
 
+def test_a_mask_of_examples_counts_all_positions_of_each():
+  found = statistics(call(3, 2, 4), example_axes=2, mask=[1, 0, 1])
+  assert (found.rows, found.examples) == (4, 4)
+
+
+def test_a_mask_of_one_map_is_that_of_its_positions():
+  found = statistics(call(3, 4, batched=False), mask=[0, 1, 1])
+  assert (found.rows, found.examples) == (2, 1)
+
+
 @pytest.mark.parametrize("shape", [(5, 2), (5,), (3, 5), (3, 5, 2), (2, 3)])
 def test_a_mask_that_does_not_begin_as_the_inputs_is_refused(shape):
   with pytest.raises(ValueError, match=rf"Layer name: the mask of shape \({shape[0]}.*\(3, 2, 4\)"):
@@ -155,6 +165,12 @@ def test_prefixes_of_no_layer_are_refused():
     masks.check_prefixes()
 
 
+def test_a_prefix_within_another_is_that_of_the_same_layer():
+  masks = Masks({"a": None, "a/b": None})
+  masks.of_call(None, call(1, 1), ("a", "b"))
+  masks.check_prefixes()
+
+
 @pytest.mark.parametrize("mask", [None, [1, 0, 0]])
 def test_a_number_of_examples_is_that_of_every_call(mask):
   found = statistics(call(3, 2, 4), call(3, 4), examples=7, mask=mask)
@@ -167,6 +183,16 @@ def test_layers_that_disagree_about_the_number_of_examples():
   parts = lambda x: report(call(3, 4), call(6, 4, kernel="other"), axis_name="data")
   with pytest.raises(ValueError, match=r"divides by, counted in one part along 'data' alone, as"):
     eval_shape(parts, "data", jnp.ones(3))
+
+
+def test_a_call_without_statistics_counts_no_examples():
+  assert len(report(call(6, 4), call(3, 4, kernel="other", problem="none"))) == 2
+
+
+def test_another_missing_name_gets_no_remedy():
+  with pytest.raises(NameError) as error:
+    eval_shape(lambda: nonsense, None)  # noqa: F821
+  assert not any("axis_name=" in note for note in getattr(error.value, "__notes__", ()))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +233,7 @@ def test_an_axis_name_sums_over_the_axis():
 
 def test_equal_arguments_give_equal_keys():
   mask = np.array([True, False])
-  assert reporter(mask=mask).key == reporter(mask=[1, 0]).key
+  assert reporter(mask=mask).key == reporter(mask=[True, False]).key
   assert hash(reporter(mask=mask).key) == hash(reporter(mask=mask.copy()).key)
   assert reporter().key == reporter().key
 

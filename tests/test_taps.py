@@ -1,6 +1,7 @@
 """Tests of `Tapped`: the statistics that arrive with the gradient are those that are sown."""
 
 from flax import nnx, serialization
+from flax.core import FrozenDict
 import flax.linen as nn
 from flax.training import dynamic_scale
 import jax
@@ -582,6 +583,73 @@ def test_a_loss_of_a_derivative_of_the_model():
   assert_same_statistics(
     from_taps(grads), by_kernel(sown_linen(model, plain, x)[1], LayerStatistics)
   )
+
+
+def test_an_array_before_the_batch_that_vmap_does_not_map():
+  class Scaled(nn.Module):
+    @nn.compact
+    def __call__(self, scale, x):
+      return nn.Dense(3, **DTYPE)(x * scale)
+
+  x, scale = normal(6, 4), jnp.full(1, 2.0, jnp.float64)
+  model = bnp_optax.linen.Tapped(Scaled(), examples=6, example_axes=0)
+  params = model.init(jax.random.key(0), scale, x[0])
+
+  def loss_fn(params):
+    return loss(jax.vmap(lambda x: model.apply(params, scale, x))(x))
+
+  (stats,) = from_taps(jax.grad(loss_fn)(params)).values()
+  np.testing.assert_allclose((stats.examples, stats.rows), (6, 6), rtol=1e-6)
+  np.testing.assert_allclose(stats.mean, 2 * x.mean(0), rtol=1e-6)
+
+
+def test_a_loss_of_the_gradient_itself():
+  model = nn.Sequential([nn.Dense(4, **DTYPE), jnp.tanh, nn.Dense(2, **DTYPE)])
+  tapped, x = bnp_optax.linen.Tapped(model, examples=6), normal(6, 3)
+  params = jax.jit(tapped.init)(jax.random.key(0), x)["params"]
+
+  def loss_fn(params):
+    value, grads = jax.value_and_grad(lambda p: loss(tapped.apply({"params": p}, x)))(params)
+    return value + optax.tree.norm(bnp_optax.linen.remove_taps(grads), squared=True)
+
+  stats = sown_linen(model, bnp_optax.linen.remove_taps(params), x)[1]
+  actual = from_taps(jax.jit(jax.grad(loss_fn))(params))
+  assert_same_statistics(actual, by_kernel(stats, LayerStatistics))
+
+
+def test_layers_on_all_positions_of_the_only_argument():
+  class Flat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3, **DTYPE)(x.reshape(-1, 4)).reshape(*x.shape[:-1], 3)
+
+  model, x = bnp_optax.linen.Tapped(Flat(), examples=6), normal(6, 5, 4)
+  params = model.init(jax.random.key(0), x)
+  (stats,) = from_taps(jax.grad(lambda p: loss(model.apply(p, x)))(params)).values()
+  assert (stats.examples, stats.rows) == (6, 30)
+
+
+def test_inputs_of_another_precision_than_the_tap():
+  model = bnp_optax.linen.Tapped(nn.Dense(3, dtype=jnp.float64, **DTYPE), examples=6)
+  params = model.init(jax.random.key(0), normal(6, 4).astype(jnp.float32))
+  (stats,) = from_taps(jax.grad(lambda p: loss(model.apply(p, normal(6, 4))))(params)).values()
+  assert (stats.rows, stats.total.dtype) == (6, jnp.float32)
+
+
+def test_one_jitted_class_with_and_without_exact_windows():
+  model, x = nn.jit(nn.Conv)(2, (2,), **DTYPE), normal(6, 5, 3)
+  for exact_windows, features in ((False, 3), (True, 6)):
+    tapped = bnp_optax.linen.Tapped(model, examples=6, exact_windows=exact_windows)
+    params = tapped.init(jax.random.key(0), x)["params"]
+    (tap,) = (x for x in params.values() if _taps.is_tap(x))
+    assert tap["total"].shape == (features,)
+
+
+def test_frozen_dictionaries_stay_frozen():
+  params = FrozenDict({"layer": {"kernel": jnp.ones(3), "tap": dict.fromkeys(_taps._FIELDS, 0)}})
+  plain = bnp_optax.linen.remove_taps(params)
+  assert isinstance(plain, FrozenDict)
+  assert [*plain["layer"]] == ["kernel"]
 
 
 def test_every_init_adds_taps():

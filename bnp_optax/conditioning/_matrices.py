@@ -277,6 +277,7 @@ _MATRICES = Reporter(
   exact_windows=True,
   leave=lambda a, axis: dataclasses.replace(a, H=jnp.concatenate(a.H, -2)) if axis is None else a,
   covers_nested=True,
+  needs_windows=True,
 )
 
 
