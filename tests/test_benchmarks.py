@@ -129,6 +129,7 @@ def test_links_resolve():
   assert not list(broken(README))
 
 
+@pytest.mark.slow
 def test_other_forms_of_step_5_give_the_same_step(monkeypatch):
   monkeypatch.syspath_prepend(README.parent)
   forms = runpy.run_path(str(README.parent / "cells.py"))["FORMS"]

@@ -691,6 +691,7 @@ def test_rounding_to_bfloat16_adds_no_rank():
     conditioning.condition_number(1j * product)
 
 
+@pytest.mark.slow
 def test_a_model_that_draws_random_numbers_can_be_surveyed():
   class Noisy(nn.Module):
     @nn.compact

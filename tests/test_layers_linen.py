@@ -537,6 +537,7 @@ def power_iteration(kernel, u):
   return kernel / sigma, u, sigma
 
 
+@pytest.mark.slow
 def test_spectral_norm():
   """The parameter's gradient is preconditioned by what the normalized kernel multiplies."""
   model, rng = Normalized(nn.SpectralNorm), np.random.default_rng(0)

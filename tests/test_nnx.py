@@ -756,6 +756,7 @@ def test_a_function_traced_before_with_the_masks_of_another_function():
       assert statistics(stats, "attention", name).rows == int(masks[length].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["plain", "jit"])
 def test_masks_of_tokens_that_differ_need_the_number_of_examples(transform):
   """The query counts other tokens than the key, both of one shape."""

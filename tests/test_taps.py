@@ -267,6 +267,7 @@ def test_nnx_layers_beside_a_linen_module():
   assert_close(stats["model", "head", "kernel"].mean, tapped.model.tower(x).mean(0))
 
 
+@pytest.mark.slow
 def test_nnx_vmap_over_a_model_that_is_closed_over():
   x = normal(6, 4)
   model = bnp_optax.nnx.Tapped(
@@ -585,6 +586,7 @@ def test_a_loss_of_a_derivative_of_the_model():
   )
 
 
+@pytest.mark.slow
 def test_an_array_before_the_batch_that_vmap_does_not_map():
   class Scaled(nn.Module):
     @nn.compact
@@ -629,6 +631,7 @@ def test_layers_on_all_positions_of_the_only_argument():
   assert (stats.examples, stats.rows) == (6, 30)
 
 
+@pytest.mark.slow
 def test_inputs_of_another_precision_than_the_tap():
   model = bnp_optax.linen.Tapped(nn.Dense(3, dtype=jnp.float64, **DTYPE), examples=6)
   params = model.init(jax.random.key(0), normal(6, 4).astype(jnp.float32))

@@ -195,6 +195,7 @@ def test_weights_decay_after_bnp(coloured):
   )
 
 
+@pytest.mark.slow
 def test_augmented_images_are_others_every_epoch_and_the_same_every_time(coloured):
   losses = [
     _train(_setup(methods.SGD, coloured, 66, CONVOLUTIONAL, augment=augment), [1], [0.0], coloured)[
