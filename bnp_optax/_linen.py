@@ -59,10 +59,10 @@ def register(
   """Register a class of linear layers that are not Linen's own.
 
   From then on `sow_statistics` and `layers` cover it. The model needs no edit. An equation, as in
-  `jax.numpy.einsum`, gives the axes of the product of inputs and kernel their meaning: an axis of
-  the inputs alone is one of examples or positions, an axis that is summed is one of features, an
-  axis of the kernel and of both others is a stack of independent linear maps. A class with several
-  kernels is registered once for each.
+  `jax.numpy.einsum`, gives the axes of the product of inputs and kernel their meaning: an axis that
+  only the inputs have is one of examples or positions, an axis that is summed is one of features,
+  an axis of the kernel and the outputs is one of outputs, and an axis of all three is a stack of
+  independent linear maps. A class with several kernels is registered once for each.
 
   Examples:
     >>> import bnp_optax, flax.linen as nn, jax, jax.numpy as jnp

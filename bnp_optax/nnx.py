@@ -90,6 +90,7 @@ def sow_statistics(
     mask: As in `bnp_optax.linen.sow_statistics`, or, in place of a mapping, a function of a layer
       and the inputs of one call, ``[*leading, *stack, features]``, that returns the layer's mask or
       None, as in ``mask=lambda layer, x: source if layer is model.attention.key else target``.
+      Outside of `jax.jit`, JAX compiles a program for each context with a function.
     axis_name: As in `bnp_optax.linen.sow_statistics`.
     exact_windows: As in `bnp_optax.linen.sow_statistics`.
     exclude: As in `bnp_optax.linen.sow_statistics`, for example
