@@ -81,9 +81,13 @@ def conv_transpose(invocation: Invocation) -> list[Call]:
 
 def einsum(invocation: Invocation) -> list[Call]:
   """Read Einsum: axes of the inputs alone are rows, axes of all three operands are a stack."""
+  layer, inputs = invocation.layer, invocation.inputs
   # No other argument of a supported layer changes the meaning of its kernel.
-  equation = invocation.arguments.get("einsum_str") or invocation.layer.einsum_str
-  return [equation_call(equation, invocation.inputs)]
+  equation = invocation.arguments.get("einsum_str") or layer.einsum_str
+  call = equation_call(equation, inputs)
+  # NNX has the bias, or None, as an attribute.
+  biased = getattr(layer, "use_bias", getattr(layer, "bias", None) is not None)
+  return [equation_call(equation, inputs, bias=None) if call.problem and not biased else call]
 
 
 def _consecutive(stack: int, feature: int, output: int) -> KernelLayout:

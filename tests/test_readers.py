@@ -98,6 +98,8 @@ def test_dense_general(layer, shape, leading, stack):
     ("btd,dk->bk", (3, 2, 5), (5, 4), False, "btd->bd", "bk"),
     # A batch axis of the kernel behind an axis of rows.
     ("ebd,edk->ebk", (2, 3, 5), (2, 5, 4), False, "ebd->bed", "bek"),
+    # An output axis before a batch axis of the kernel, which a bias could not have.
+    ("bed,edk->bke", (3, 2, 5), (2, 5, 4), False, "bed->bed", "bek"),
   ],
 )
 def test_einsum(equation, shape, kernel, bias, rows, order):
