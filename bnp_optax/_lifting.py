@@ -28,7 +28,7 @@ import numpy as np
 from bnp_optax._calls import PREFIX, Call
 from bnp_optax._observations import Observation
 from bnp_optax._patching import Wrappers, activate
-from bnp_optax._recurrence import enter_part
+from bnp_optax._recurrence import enter_part, retrace
 from bnp_optax._reporting import Reporter
 from bnp_optax._trees import Path, flatten
 
@@ -95,6 +95,8 @@ def _pack_with_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
     _lifted.set(None)
     if reporter is None:
       return packed
+    if kwargs.get("name") == "jit":
+      return _within(packed, lambda _: retrace())
     if kwargs.get("name") == "map_variables":
       function = inspect.getclosurevars(fn).nonlocals["map_in_fn"]
       return _within(packed, lambda scopes: _enter(_axes_of(function, in_filters[0], scopes)))

@@ -22,7 +22,7 @@ from bnp_optax._calls import Call, Invocation, Reader
 from bnp_optax._equations import Equation, check_registration, equation_reader, own_call
 from bnp_optax._layout import KernelLayout
 from bnp_optax._patching import Patches, Wrappers, activate
-from bnp_optax._recurrence import enter_step, enter_whole, with_index
+from bnp_optax._recurrence import enter_step, enter_whole, retrace, with_index
 from bnp_optax._reporting import Reporter
 from bnp_optax._taps import TapReporter
 
@@ -184,7 +184,7 @@ def _cell_method(original: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(original)
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with enter_step(args) as args:
+    with enter_step(args) as args, retrace():
       return original(self, *args, **kwargs)
 
   return call

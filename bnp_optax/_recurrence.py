@@ -67,8 +67,7 @@ def enter_step(args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
   steps = _steps.get()
   # The loop of the recurrent layer is a part that is known now.
   steps = (*(steps[:-1] if steps and steps[-1] is None else steps), *found)
-  # The unique key prevents the reuse of functions that were traced with the index of another loop.
-  with activate(_steps, steps, object()):
+  with activate(_steps, steps, tuple(x and (x.leading, x.index.ndim) for x in steps)):
     yield tuple(x.inputs if isinstance(x, Sequences) else x for x in args)
 
 
@@ -80,6 +79,11 @@ def enter_part() -> contextlib.AbstractContextManager[None]:
 def enter_whole() -> contextlib.AbstractContextManager[None]:
   """Return a context in which masks are those of a layer's inputs, whatever loops are around it."""
   return activate(_steps, (), "whole")
+
+
+def retrace() -> contextlib.AbstractContextManager[None]:
+  """Return a context in which functions are traced anew, with the index of this step."""
+  return activate(_steps, _steps.get(), object() if _steps.get() else None)
 
 
 def _known() -> tuple[Sequences, ...]:

@@ -431,23 +431,6 @@ def test_a_part_of_the_batch_inside_a_cell(words):
   problems.raises(match, sow, model, params, x, context=context)
 
 
-def test_two_recurrent_layers_of_a_jitted_cell():
-  """The second loop has another index. The class is jitted at its first call, in `init`."""
-  cell = nn.jit(nn.SimpleCell)
-
-  class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      y = nn.RNN(cell(H, name="first", **F64))(x)
-      return nn.RNN(cell(H, name="second", **F64))(x) + y
-
-  model, x = Model(), sequences(D)
-  params = model.init(jax.random.key(0), x)["params"]
-  stats = sow(model, params, x, context={"mask": MASK})
-  for name in ("first", "second"):
-    check(stats[name]["i"]["layer_statistics"], x[MASK], examples=N, tolerance=1e-12)
-
-
 def test_a_recurrent_layer_with_a_part_of_the_batch():
   class Model(nn.Module):
     @nn.compact
