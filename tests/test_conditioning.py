@@ -398,6 +398,7 @@ def test_survey_agrees_with_the_explicit_matrices():
   assert (head.rows, head.inputs, head.error) == (6, 3, 0.0)
 
 
+@pytest.mark.slow
 def test_survey_states_the_error_of_the_estimate_with_bnp():
   """H is singular to within float32, and therefore exact; H P is regular, and an estimate."""
   model, x = nn.Dense(1), jnp.asarray(normal(900, 400, mean=1e4), jnp.float32)
@@ -705,6 +706,7 @@ def test_a_model_that_draws_random_numbers_can_be_surveyed():
   assert [x.name for x in conditioning.survey(Noisy(), variables, x).layers] == ["head", "mean"]
 
 
+@pytest.mark.slow
 def test_a_survey_takes_both_passes_from_the_same_state():
   """The second pass must not start from the random numbers, or the state, that the first left."""
 

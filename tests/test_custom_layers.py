@@ -645,6 +645,7 @@ def nnx_update(model, x):
   return nnx.to_pure_dict(tx.update(grads, tx.init(nnx.state(model)), stats=stats)[0])
 
 
+@pytest.mark.slow
 def test_nnx():
   model, plain, x = NnxModel(nnx.Rngs(0)), NnxPlain(nnx.Rngs(0)), uniform(7, 5)
   plain.first.kernel[...] = model.first.w[...].T

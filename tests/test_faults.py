@@ -354,6 +354,7 @@ def drift(steps):
     )
 
 
+@pytest.mark.slow
 def test_running_statistics_after_100_000_bfloat16_steps():
   """The numbers are those of docs/faults.md."""
   page = " ".join((ROOT / "docs" / "faults.md").read_text().split())

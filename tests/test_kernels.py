@@ -67,6 +67,7 @@ def test_the_table_of_another_model():
   tx.update(known, tx.init(known), stats=stats)
 
 
+@pytest.mark.slow
 def test_the_table_of_a_call_without_a_layer():
   """A layer that the traced call did not use has an entry, but BNP would leave it out."""
 

@@ -198,6 +198,7 @@ def test_a_stack_whose_axis_only_its_shape_could_tell_is_refused(axis, options, 
     tx.update(params, tx.init(params), stats=sow(model, params, x))
 
 
+@pytest.mark.slow
 def test_critics_under_vmap():
   """Members that are given the same inputs, as in soft actor-critic."""
   critics = nn.vmap(
@@ -244,6 +245,7 @@ class RecurrentStack(nn.Module):
     return stack(self.inner, name="blocks")(x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [False, True])
 def test_a_stack_of_recurrent_layers_as_long_as_the_sequence(outer):
   x, model = uniform(N, T, T), RecurrentStack(outer=outer)
@@ -438,6 +440,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DERIVATIVES)
 def test_a_derivative_inside_of_a_model(kind):
   """Its forward pass counts once."""

@@ -525,6 +525,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DERIVATIVES)
 def test_a_derivative_inside_of_a_model(kind):
   """Its forward pass counts once."""

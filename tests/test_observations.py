@@ -151,6 +151,7 @@ def test_calls_are_counted(bias):
   assert calls == {"i": (7, 7), "h": (7, 7), "once": (1, 7), "shared": (3, 21)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exact_windows", "outer"), [(True, False), (False, False), (False, True)])
 def test_layers_in_contexts_that_the_model_enters(exact_windows, outer):
   """The table takes their exact_windows and none of their masks."""

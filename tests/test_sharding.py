@@ -104,6 +104,7 @@ def test_a_model_with_split_heads():
     np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_taps_of_a_split_batch():
   x = jnp.asarray(np.random.default_rng(0).normal(1, 1, (16, 6)).astype(np.float32))
   model = bnp_optax.linen.Tapped(nn.Dense(3), examples=16)

@@ -619,6 +619,7 @@ def test_a_loss_of_the_gradient_itself():
   assert_same_statistics(actual, by_kernel(stats, LayerStatistics))
 
 
+@pytest.mark.slow
 def test_layers_on_all_positions_of_the_only_argument():
   class Flat(nn.Module):
     @nn.compact

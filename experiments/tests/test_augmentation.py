@@ -26,6 +26,7 @@ def parts(image, size):
   return found
 
 
+@pytest.mark.slow
 def test_cifar():
   image = RNG.integers(0, 256, (32, 32, 3), np.uint8)
   possible = parts(padded(image), 32)

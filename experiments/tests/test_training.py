@@ -64,6 +64,7 @@ def test_a_lane_does_what_it_does_alone(method, images):
   )
 
 
+@pytest.mark.slow
 def test_the_same_seeds_give_the_same_bits(images):
   setup = _setup(methods.BNP, images)
   first, second = (_train(setup, [1, 2, 3], [0.1, 0.1, 0.1], images) for _ in range(2))
